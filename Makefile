@@ -1,0 +1,46 @@
+# Every target runs on one machine with two cores: one thing after another.
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+.PHONY: help install install-test demo test test-fast check bench lock clean
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+BIN := .venv/bin
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: ## make .venv with everything that zimage needs
+	$(PYTHON) scripts/install.py
+
+install-test:
+	@$(PYTHON) scripts/install.py --group test
+
+demo: install ## start the server with a small model and draw a picture
+	$(BIN)/zimage demo
+
+test: check ## run all checks, then all tests (PYTEST_ARGS goes to pytest)
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+test-fast: install-test ## run the quick checks and the quick tests
+	$(BIN)/ruff check
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/pytest -m "not slow" $(PYTEST_ARGS)
+
+check: install-test ## look at style, layers, dependencies and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/deptry .
+	$(BIN)/mypy
+	$(BIN)/mypy scripts/install.py scripts/lock.py
+
+bench: install-test ## measure, and write down what came out
+	$(BIN)/python -m benchmarks
+
+lock: ## choose the newest versions anew and write the lock files (needs uv)
+	$(PYTHON) scripts/lock.py
+
+clean: ## remove .venv, caches and what builds left behind
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info
+	find . -path ./.git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,55 @@
+"""Builds the diffusion service's application."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import TypedDict
+
+from fastapi import FastAPI
+
+from services.diffusion.engine import DiffusionEngine
+from services.diffusion.model import ZImageModel, load_zimage
+from services.diffusion.routes import router
+from services.diffusion.settings import DiffusionSettings
+from shared.health import Metrics
+from shared.service import create_service
+
+MAX_BODY_BYTES = 512 << 20  # embeddings of 40,960 tokens and their negative, in bfloat16 at width 2560, and a little
+DESCRIPTION = "Turns the hidden states of a prompt into a PNG, step by step."
+
+
+class State(TypedDict):
+    """What a request finds in `request.state`."""
+
+    engine: DiffusionEngine
+    settings: DiffusionSettings
+
+
+def create_app(settings: DiffusionSettings, *, model: ZImageModel | None = None) -> FastAPI:
+    """The app; with `model` given that one is used instead of loading `settings.model_path`."""
+    metrics = Metrics("diffusion")
+    engine = DiffusionEngine(
+        partial(load_zimage, settings) if model is None else lambda: model,
+        max_waiting=settings.max_waiting,
+        png_compression=settings.png_compression,
+        on_failure=lambda exit_code: app.state.stop(exit_code),
+    )
+    metrics.gauge("zimage_diffusion_waiting", "Pictures that wait", lambda: engine.waiting)
+    metrics.gauge("zimage_diffusion_running", "Pictures in the making", lambda: len(engine.running))
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[State]:
+        engine.device.start()
+        yield State(engine=engine, settings=settings)
+        await engine.stop()
+
+    app = create_service(
+        "diffusion",
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        routers=[router],
+        readiness=engine.device.unready_reason,
+        metrics=metrics,
+        max_body_bytes=MAX_BODY_BYTES,
+    )
+    return app

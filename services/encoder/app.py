@@ -1,0 +1,57 @@
+"""Builds the encoder's application."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import TypedDict
+
+from fastapi import FastAPI
+
+from services.encoder.engine import EncoderEngine, Limits
+from services.encoder.model import TextEncoder, load_text_encoder
+from services.encoder.routes import router
+from services.encoder.settings import EncoderSettings
+from shared.health import Metrics
+from shared.service import create_service
+
+MAX_BODY_BYTES = 16 << 20
+DESCRIPTION = "Turns texts into the hidden states of Qwen3, many at a time."
+
+
+class State(TypedDict):
+    """What a request finds in `request.state`."""
+
+    engine: EncoderEngine
+
+
+def create_app(settings: EncoderSettings, *, model: TextEncoder | None = None) -> FastAPI:
+    """The app; with `model` given that one is used instead of loading `settings.model_path`."""
+    metrics = Metrics("encoder")
+    engine = EncoderEngine(
+        partial(load_text_encoder, settings) if model is None else lambda: model,
+        Limits(
+            max_batch_tokens=settings.max_batch_tokens,
+            max_batch_texts=settings.max_batch_texts,
+            max_waiting=settings.max_waiting,
+            max_tokens=settings.max_tokens,
+        ),
+        on_failure=lambda exit_code: app.state.stop(exit_code),
+    )
+    metrics.gauge("zimage_encoder_waiting", "Texts that wait for their hidden states", lambda: engine.waiting)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[State]:
+        engine.device.start()
+        yield State(engine=engine)
+        await engine.stop()
+
+    app = create_service(
+        "encoder",
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        routers=[router],
+        readiness=engine.device.unready_reason,
+        metrics=metrics,
+        max_body_bytes=MAX_BODY_BYTES,
+    )
+    return app

@@ -1,0 +1,156 @@
+"""Batching of encodes: texts that wait together and are of about the same length share a forward. Knows no HTTP."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+
+from services.encoder.model import ModelFacts, TextEncoder
+from shared.device_thread import DeviceThread
+from shared.errors import InternalError, InvalidField, QueueFull, ServiceError
+from shared.jobs import Job
+
+SHORTEST = 16  # tokens; texts below it count as this long when lengths are compared
+LENGTH_RATIO = 2.0  # texts share a forward when none is more than this many times as long as another
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """The hidden states of one text: `states` is a CPU tensor [tokens, width] in the model's dtype."""
+
+    states: Any
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of the queue and of a batch; see `EncoderSettings` for each."""
+
+    max_batch_tokens: int
+    max_batch_texts: int
+    max_waiting: int
+    max_tokens: int
+
+
+class EncodeJob(Job[Encoded]):
+    """One text that waits for its hidden states."""
+
+    def __init__(self, ids: Sequence[int], layer: int) -> None:
+        super().__init__()
+        self.ids = ids
+        self.layer = layer
+
+
+class EncoderEngine:
+    """Takes texts from many requests and runs them in batches on the thread that owns the device."""
+
+    def __init__(
+        self, load: Callable[[], TextEncoder], limits: Limits, *, on_failure: Callable[[int], None] | None = None
+    ) -> None:
+        self.limits = limits
+        self._waiting: list[EncodeJob] = []
+        self._lock = threading.Lock()
+        self.device = DeviceThread("encoder", load=load, tick=self._tick, on_failure=on_failure)
+
+    @property
+    def facts(self) -> ModelFacts:
+        """Of the loaded model. Raises Unready."""
+        return self.device.model.facts
+
+    @property
+    def waiting(self) -> int:
+        """Texts in the queue."""
+        return len(self._waiting)
+
+    async def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text. Raises Unready, InvalidField."""
+        token_ids = await asyncio.to_thread(self.device.model.tokenize, texts)
+        longest = max(len(ids) for ids in token_ids)
+        if longest > self.limits.max_tokens:
+            raise InvalidField(f"A text has {longest} tokens, the limit is {self.limits.max_tokens}.")
+        return token_ids
+
+    async def encode(self, texts: Sequence[str], *, layer: int, max_length: int | None = None) -> list[Encoded]:
+        """Hidden states `layer` of each text, of at most `max_length` tokens. Raises Unready, InvalidField, QueueFull."""
+        self.device.model.check_layer(layer)
+        jobs = [EncodeJob(ids[:max_length], layer) for ids in await self.tokenize(texts)]
+        if not all(job.ids for job in jobs):
+            raise InvalidField("A text has no tokens.")
+        with self._lock:
+            if len(self._waiting) + len(jobs) > self.limits.max_waiting:
+                raise QueueFull(f"{len(self._waiting)} texts are waiting already; try again soon.", retry_after_s=1)
+            self._waiting.extend(jobs)
+        self.device.wake()
+        try:
+            return await asyncio.gather(*(job.result() for job in jobs))
+        finally:
+            for job in jobs:
+                job.cancelled = True
+
+    async def stop(self) -> None:
+        """Ends the device's thread; texts that still wait are refused."""
+        await self.device.stop()
+        with self._lock:
+            left, self._waiting = self._waiting, []
+        for job in left:
+            job.fail(QueueFull("The service is stopping.", retry_after_s=5))
+
+    def _tick(self, model: TextEncoder) -> bool:
+        with self._lock:
+            self._waiting = [job for job in self._waiting if not job.cancelled]
+            batch = choose_batch(self._waiting, self.limits)
+            chosen = set(batch)
+            self._waiting = [job for job in self._waiting if job not in chosen]
+        if not batch:
+            return False
+        try:
+            states = model.hidden_states([job.ids for job in batch], batch[0].layer)
+        except ServiceError as error:
+            _fail_all(batch, error)
+        except Exception as error:  # noqa: BLE001 - one bad batch must not end the service
+            log.error("a batch could not be encoded", exc_info=error, texts=len(batch))
+            _fail_all(batch, InternalError("The text could not be encoded."))
+        else:
+            log.debug("batch encoded", texts=len(batch), tokens=sum(len(job.ids) for job in batch))
+            for job, item in zip(batch, states, strict=True):
+                job.resolve(Encoded(item, len(job.ids)))
+        return True
+
+
+def choose_batch(waiting: Sequence[EncodeJob], limits: Limits) -> list[EncodeJob]:
+    """The jobs of the next forward: the oldest, and those of its layer that are nearest to it in length.
+
+    Padding is bounded by `LENGTH_RATIO`, the padded size by `max_batch_tokens`; the oldest always goes, however long.
+    """
+    if not waiting:
+        return []
+    oldest = waiting[0]
+    candidates = sorted(
+        (job for job in waiting[1:] if job.layer == oldest.layer),
+        key=lambda job: (abs(len(job.ids) - len(oldest.ids)), job.number),
+    )
+    batch = [oldest]
+    shortest = longest = _length(oldest)
+    for job in candidates:
+        low, high = min(shortest, _length(job)), max(longest, _length(job))
+        if len(batch) >= limits.max_batch_texts or high > LENGTH_RATIO * low:
+            break
+        if high * (len(batch) + 1) > limits.max_batch_tokens:
+            continue
+        batch.append(job)
+        shortest, longest = low, high
+    return batch
+
+
+def _length(job: EncodeJob) -> int:
+    return max(len(job.ids), SHORTEST)
+
+
+def _fail_all(jobs: Iterable[EncodeJob], error: ServiceError) -> None:
+    for job in jobs:
+        job.fail(error)

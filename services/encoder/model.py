@@ -1,0 +1,100 @@
+"""Qwen3 as a text encoder: texts to tokens, tokens to the hidden states of one layer. Knows no queue and no HTTP."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import structlog
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+from transformers import AutoTokenizer, Qwen3Model
+
+from services.encoder.settings import EncoderSettings
+from shared.checkpoint import checkpoint_dtype, require_parts, require_weights
+from shared.tensors import dtype_of, pick_device
+from shared.errors import InvalidField
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a caller may want to know: the model's name, width (length of a hidden state), depth, dtype and device."""
+
+    name: str
+    width: int
+    layers: int
+    dtype: str
+    device: str
+
+
+class TextEncoder:
+    """The tokenizer and the language model of a Z-Image directory."""
+
+    def __init__(self, model: Any, tokenizer: Tokenizer, facts: ModelFacts) -> None:
+        self.facts = facts
+        self._model = model
+        self._tokenizer = tokenizer
+        self._first_layers = lru_cache(maxsize=None)(self._cut)
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text; special tokens in the text are recognized, none are added. Safe in any thread."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+
+    def check_layer(self, layer: int) -> None:
+        """Raises InvalidField unless the model is deep enough for hidden states `layer`."""
+        if not -self.facts.layers <= layer <= -1:
+            raise InvalidField(
+                f"'hidden_layer' must be between -{self.facts.layers} and -1: the text encoder has "
+                f"{self.facts.layers} layers."
+            )
+
+    @torch.inference_mode()
+    def hidden_states(self, batch: Sequence[Sequence[int]], layer: int) -> list[torch.Tensor]:
+        """Hidden states `layer` of each item, a CPU tensor [tokens, width] in the model's dtype.
+
+        `layer` counts as in transformers' `hidden_states`: -1 after the final norm, -2 the input of the last layer.
+        Items of unequal length are padded at the end, where under a causal mask no real token looks: an attention
+        mask would change nothing but the speed. Layers above the one that is asked for are not run.
+        """
+        longest = max(len(ids) for ids in batch)
+        padded = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in batch], device=self.facts.device)
+        states = self._first_layers(layer)(input_ids=padded, use_cache=False).last_hidden_state
+        return [item[: len(ids)].cpu().contiguous() for item, ids in zip(states, batch, strict=True)]
+
+    def _cut(self, layer: int) -> Any:
+        if layer == -1:
+            return self._model
+        cut = copy.copy(self._model)  # shares every weight; only the list of layers and the norm are its own
+        cut._modules = dict(self._model._modules)
+        cut.layers = self._model.layers[: self.facts.layers + 1 + layer]
+        cut.norm = nn.Identity()
+        return cut
+
+
+def load_text_encoder(settings: EncoderSettings) -> TextEncoder:
+    """Loads `text_encoder` and `tokenizer` of the model directory. Raises UnusableModel."""
+    root = require_parts(settings.model_path, "text_encoder", "tokenizer")
+    folder = root / "text_encoder"
+    require_weights(folder)
+    device = pick_device(settings.device)
+    dtype = dtype_of(settings.dtype, checkpoint_dtype(folder))
+    model = Qwen3Model.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+    model = model.to(device).eval().requires_grad_(requires_grad=False)
+    facts = ModelFacts(
+        name=_name(root),
+        width=model.config.hidden_size,
+        layers=model.config.num_hidden_layers,
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(device),
+    )
+    log.info("text encoder loaded", model_path=str(root), device=facts.device, dtype=facts.dtype, layers=facts.layers)
+    return TextEncoder(model, AutoTokenizer.from_pretrained(root / "tokenizer").backend_tokenizer, facts)
+
+
+def _name(root: Path) -> str:
+    return root.resolve().name

@@ -1,0 +1,54 @@
+"""Builds the gateway's application."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+
+from fastapi import FastAPI
+
+from services.gateway.clients import DiffusionClient, EncoderClient
+from services.gateway.engine import GatewayEngine
+from services.gateway.routes import generate, health, prompts
+from services.gateway.settings import GatewaySettings
+from services.gateway.state import State
+from services.gateway.watch import Watch
+from shared.client import ServiceClient
+from shared.health import Metrics
+from shared.service import create_service
+from shared.templates import load_templates
+
+MAX_BODY_BYTES = 2 << 20  # four texts of 32,000 characters, each at most 12 bytes in JSON
+MAX_EMBEDDINGS_BYTES = 512 << 20
+MAX_PNG_BYTES = 64 << 20
+DESCRIPTION = "The public API of the Z-Image server: prompts in, pictures out."
+
+
+def create_app(settings: GatewaySettings) -> FastAPI:
+    """The app. Raises BrokenTemplate when the templates cannot be read."""
+    metrics = Metrics("gateway")
+    templates = load_templates(settings.templates_dir)
+    encoder = ServiceClient("encoder", str(settings.encoder_url), max_reply_bytes=MAX_EMBEDDINGS_BYTES)
+    diffusion = ServiceClient("diffusion", str(settings.diffusion_url), max_reply_bytes=MAX_PNG_BYTES)
+    watch = Watch({"encoder": encoder, "diffusion": diffusion})
+    engine = GatewayEngine(settings, templates, EncoderClient(encoder), DiffusionClient(diffusion))
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[State]:
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(encoder)
+            await stack.enter_async_context(diffusion)
+            watching = asyncio.create_task(watch.run(), name="watch")
+            yield State(engine=engine, watch=watch)
+            watching.cancel()
+            with suppress(asyncio.CancelledError):
+                await watching
+
+    return create_service(
+        "gateway",
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        routers=[generate.router, prompts.router, health.router],
+        readiness=watch.unready_reason,
+        metrics=metrics,
+        max_body_bytes=MAX_BODY_BYTES,
+    )

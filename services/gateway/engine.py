@@ -1,0 +1,115 @@
+"""The gateway's use cases: format a prompt, encode it, make a picture of it. Knows no HTTP and no tensors."""
+
+import secrets
+import time
+from dataclasses import dataclass
+from typing import TypeVar
+
+from services.gateway.clients import DiffusionClient, Embeddings, EncoderClient
+from services.gateway.settings import GatewaySettings
+from shared.chat import UNCONDITIONAL, format_prompt
+from shared.errors import InvalidField, UpstreamTimeout
+from shared.schemas.diffusion import DiffusionParameters
+from shared.schemas.public import EncodeRequest, GenerateRequest, PromptRequest
+from shared.templates import Templates
+
+T = TypeVar("T")
+DRAWN_SEEDS = 2**32  # small enough for every client's number type; a request may name any up to 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A prompt as the encoder read it, and its embeddings."""
+
+    formatted_prompt: str
+    embeddings: Embeddings
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """A picture, what determined it, and how long each stage took (in the form of the Server-Timing header)."""
+
+    png: bytes
+    parameters: DiffusionParameters
+    seconds: float
+    server_timing: str
+
+
+class GatewayEngine:
+    """Orchestrates the services for one request at a time; holds no state of its own."""
+
+    def __init__(
+        self, settings: GatewaySettings, templates: Templates, encoder: EncoderClient, diffusion: DiffusionClient
+    ) -> None:
+        self.templates = templates
+        self._settings = settings
+        self._encoder = encoder
+        self._diffusion = diffusion
+
+    def format(self, request: PromptRequest) -> str:
+        """The text that the encoder will read. Raises UnknownName, InvalidField."""
+        conversation = request.conversation()
+        if request.template is not None:
+            conversation = self.templates.picture(request.template).fill(conversation)
+        if not conversation.user_text.strip():
+            raise InvalidField("'prompt' must not be empty once 'strip_quotes' has removed its quotes.")
+        return format_prompt(conversation)
+
+    async def count_tokens(self, formatted_prompt: str) -> int:
+        """How many tokens the encoder makes of the text. Raises a ServiceError."""
+        return await self._encoder.count_tokens(formatted_prompt, timeout_s=self._settings.encode_timeout_s)
+
+    async def encode(self, request: EncodeRequest) -> Encoded:
+        """The embeddings of a prompt. Raises a ServiceError."""
+        formatted = self.format(request)
+        encoding = await self._encoder.encode(
+            [formatted], layer=self._layer(request), timeout_s=self._settings.encode_timeout_s
+        )
+        return Encoded(formatted, encoding.items[0], encoding.seconds)
+
+    async def generate(self, request: GenerateRequest) -> Generated:
+        """A picture of a prompt, within the deadline that the settings name. Raises a ServiceError."""
+        started = time.perf_counter()
+        deadline = started + self._settings.generate_timeout_s
+        formatted = self.format(request)
+        parameters = self.parameters(request)
+        texts = [formatted, UNCONDITIONAL] if parameters.guidance_scale > 0 else [formatted]
+        encode_timeout_s = min(self._settings.encode_timeout_s, self._settings.generate_timeout_s)
+        encoding = await self._encoder.encode(texts, layer=self._layer(request), timeout_s=encode_timeout_s)
+        text, negative = encoding.items[0], (encoding.items[1] if len(texts) > 1 else None)
+        left_s = deadline - time.perf_counter()
+        if left_s <= 0:
+            raise UpstreamTimeout(f"The picture was not ready within {self._settings.generate_timeout_s:g} s.")
+        reply = await self._diffusion.generate(parameters, text, negative, timeout_s=left_s)
+        seconds = time.perf_counter() - started
+        stages = (f"encode;dur={encoding.seconds * 1000:.2f}", reply.headers.get("server-timing", ""))
+        timing = ", ".join(stage for stage in (*stages, f"total;dur={seconds * 1000:.2f}") if stage)
+        return Generated(reply.body, parameters, seconds, timing)
+
+    def parameters(self, request: GenerateRequest) -> DiffusionParameters:
+        """The request's parameters with the server's defaults and a drawn seed where it names none.
+
+        Raises InvalidField for a picture that is larger than this server makes.
+        """
+        defaults = self._settings
+        parameters = DiffusionParameters(
+            width=_or(request.width, defaults.width),
+            height=_or(request.height, defaults.height),
+            steps=_or(request.steps, defaults.steps),
+            seed=secrets.randbelow(DRAWN_SEEDS) if request.seed is None else request.seed,
+            guidance_scale=_or(request.guidance_scale, defaults.guidance_scale),
+            shift=_or(request.shift, defaults.shift),
+            long_prompt_mode=_or(request.long_prompt_mode, defaults.long_prompt_mode),
+        )
+        pixels = parameters.width * parameters.height
+        if pixels > defaults.max_pixels:
+            raise InvalidField(f"'width' times 'height' must be at most {defaults.max_pixels} pixels, not {pixels}.")
+        return parameters
+
+    def _layer(self, request: EncodeRequest) -> int:
+        return _or(request.hidden_layer, self._settings.hidden_layer)
+
+
+def _or(given: T | None, default: T) -> T:
+    return default if given is None else given

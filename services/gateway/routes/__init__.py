@@ -1,0 +1,1 @@
+"""The public endpoints, a file for each section of the API."""

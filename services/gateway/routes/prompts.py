@@ -1,0 +1,83 @@
+"""Prompts before they become pictures: formatting, encoding, templates."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Body, Depends, Request
+
+from services.gateway.routes.refusals import ENCODE, FORMAT
+from services.gateway.state import Engine
+from shared.requests import require_json, until_disconnected
+from shared.schemas.public import (
+    PROMPT_EXAMPLES,
+    EncodeAnswer,
+    EncodeRequest,
+    FormatAnswer,
+    PromptRequest,
+    RewriterEntry,
+    RewriterList,
+    TemplateEntry,
+    TemplateList,
+)
+
+router = APIRouter(prefix="/api", tags=["prompts"])
+
+
+@router.post(
+    "/encode", summary="Embeddings of a prompt, measured", dependencies=[Depends(require_json)], responses=ENCODE
+)
+async def encode(
+    body: Annotated[EncodeRequest, Body(openapi_examples=PROMPT_EXAMPLES)], request: Request, engine: Engine
+) -> EncodeAnswer:
+    """Encodes a prompt without making a picture; answers shape, dtype and time, not the embeddings themselves."""
+    encoded = await until_disconnected(request, engine.encode(body))
+    return EncodeAnswer(
+        shape=list(encoded.embeddings.shape),
+        dtype=encoded.embeddings.torch_dtype,
+        encode_time=round(encoded.seconds, 6),
+        token_count=encoded.embeddings.tokens,
+        prompt=body.prompt,
+        formatted_prompt=encoded.formatted_prompt,
+    )
+
+
+@router.post(
+    "/format-prompt", summary="A prompt as the encoder reads it", dependencies=[Depends(require_json)], responses=FORMAT
+)
+async def format_prompt(
+    body: Annotated[PromptRequest, Body(openapi_examples=PROMPT_EXAMPLES)], engine: Engine
+) -> FormatAnswer:
+    """Applies the template and the chat format, and counts; nothing is encoded."""
+    formatted = engine.format(body)
+    return FormatAnswer(
+        formatted_prompt=formatted,
+        char_count=len(formatted),
+        token_count=await engine.count_tokens(formatted),
+        **body.model_dump(),
+    )
+
+
+@router.get("/templates", summary="Templates for pictures")
+async def templates(engine: Engine) -> TemplateList:
+    """The names that `template` takes, `default` first."""
+    return TemplateList(
+        templates=[
+            TemplateEntry(
+                name=template.name,
+                has_thinking=template.thinking_content is not None,
+                description=template.description,
+                category=template.category,
+            )
+            for template in engine.templates.pictures.values()
+        ]
+    )
+
+
+@router.get("/rewriters", summary="Templates for the rewriter")
+async def rewriters(engine: Engine) -> RewriterList:
+    """Templates of the category `rewriter`."""
+    return RewriterList(
+        rewriters=[
+            RewriterEntry(name=template.name, description=template.description)
+            for template in engine.templates.rewriters.values()
+        ]
+    )

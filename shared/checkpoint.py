@@ -1,0 +1,76 @@
+"""Looks at a checkpoint directory without loading it: is it usable, and in which dtype are its weights?
+
+Reads JSON and safetensors headers only; imports no torch.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from shared.wire import Header, WireError, header_bytes, parse_header
+
+_FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+
+
+class UnusableModel(Exception):
+    """The directory cannot be used as the model that is asked for; the text is one sentence for the operator."""
+
+
+def require_parts(model_path: Path | None, *parts: str) -> Path:
+    """The directory, if it holds every named part (a folder with a configuration). Raises UnusableModel."""
+    if model_path is None:
+        raise UnusableModel("no model directory is given: name one with --model-path or ZIMAGE_MODEL_PATH")
+    if not model_path.is_dir():
+        raise UnusableModel(f"the model directory {model_path} does not exist")
+    for part in parts:
+        folder = model_path / part
+        if not any(folder.glob("*.json")):
+            raise UnusableModel(
+                f"{model_path} is not a Z-Image model: its folder '{part}' is missing or has no configuration"
+            )
+    return model_path
+
+
+def require_weights(folder: Path) -> None:
+    """Checks that every weight file is readable safetensors, and that there is one. Raises UnusableModel."""
+    if not list(weight_headers(folder)):
+        raise UnusableModel(f"{folder} holds no .safetensors weights; pickled weights (.bin, .pt) are never loaded")
+
+
+def weight_headers(folder: Path) -> Iterator[Header]:
+    """The headers of a folder's safetensors files, in the order of their names. Raises UnusableModel."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with path.open("rb") as file:
+                prefix = file.read(8)
+                header = parse_header(prefix + file.read(header_bytes(prefix) - 8))
+        except (WireError, OSError) as error:
+            raise UnusableModel(f"{path} cannot be read as safetensors: {error}") from None
+        if path.stat().st_size != header.total_bytes:
+            raise UnusableModel(f"{path} is truncated: {path.stat().st_size} of {header.total_bytes} bytes")
+        yield header
+
+
+def checkpoint_dtype(folder: Path) -> str:
+    """The dtype, as torch spells it, that most of a folder's numbers are stored in."""
+    count: Counter[str] = Counter()
+    for header in weight_headers(folder):
+        for tensor in header.tensors:
+            if tensor.dtype in _FLOATS:
+                count[_FLOATS[tensor.dtype]] += tensor.nbytes
+    return count.most_common(1)[0][0] if count else "float32"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of the checkpoint. Raises UnusableModel when there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UnusableModel(f"{path} is missing or is not JSON") from None
+    if not isinstance(value, dict):
+        raise UnusableModel(f"{path} does not hold a JSON object")
+    return value
+
+

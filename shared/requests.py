@@ -1,0 +1,116 @@
+"""What surrounds every request: its id, its log line and metrics, and the limits on headers and body.
+
+A plain ASGI middleware, so that streaming and the noticing of a client that goes away work as without it.
+"""
+
+import asyncio
+import re
+import time
+import uuid
+from collections.abc import Awaitable
+from typing import TypeVar
+
+import structlog
+from fastapi import Request
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from shared.errors import BodyTooLarge, ClientGone, HeadersTooLarge, InternalError, ServiceError, WrongContentType
+from shared.health import Metrics
+from shared.problems import problem_response
+
+MAX_HEADER_BYTES = 64 << 10
+REQUEST_ID = "X-Request-ID"
+_REQUEST_ID_FORM = re.compile(r"[A-Za-z0-9._-]{8,64}")
+_QUIET_PATHS = ("/health", "/metrics")
+_UNKNOWN = "Something went wrong in the server; its log has the cause under this request id."
+
+T = TypeVar("T")
+log = structlog.get_logger(__name__)
+
+
+class RequestContext:
+    """Gives each request an id (the caller's, if it sent a good one), logs it when it ends and counts it."""
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, max_body_bytes: int) -> None:
+        self.app = app
+        self.metrics = metrics
+        self.max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handles one ASGI connection."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = headers.get(REQUEST_ID, "")
+        request_id = given if _REQUEST_ID_FORM.fullmatch(given) else uuid.uuid4().hex
+        scope["request_id"] = request_id
+        started, status = time.perf_counter(), 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)[REQUEST_ID] = request_id
+            await send(message)
+
+        with structlog.contextvars.bound_contextvars(request_id=request_id):
+            try:
+                if (error := self._refusal(headers)) is not None:
+                    await problem_response(error, request_id)(scope, receive, send_with_id)
+                else:
+                    await self.app(scope, receive, send_with_id)
+            except Exception as error:  # noqa: BLE001 - the last line of defence: logged here, told without its text
+                log.error("a request failed unexpectedly", exc_info=error)
+                if status:
+                    raise  # the answer has begun: closing the connection is the only honest end
+                await problem_response(InternalError(_UNKNOWN), request_id)(scope, receive, send_with_id)
+            finally:
+                self._record(scope, status or ClientGone.status, time.perf_counter() - started)
+
+    def _refusal(self, headers: Headers) -> ServiceError | None:
+        if sum(len(name) + len(value) for name, value in headers.raw) > MAX_HEADER_BYTES:
+            return HeadersTooLarge(f"The request headers are larger than {MAX_HEADER_BYTES} bytes.")
+        length = headers.get("content-length", "0")
+        if not length.isascii() or not length.isdigit() or int(length[:20]) > self.max_body_bytes:
+            return BodyTooLarge(f"The request body is larger than {self.max_body_bytes} bytes.")
+        return None
+
+    def _record(self, scope: Scope, status: int, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", "unmatched")
+        self.metrics.observe_request(scope["method"], route, status, seconds)
+        if not scope["path"].startswith(_QUIET_PATHS):
+            log.info(
+                "request", method=scope["method"], path=scope["path"], status=status, duration_s=round(seconds, 4)
+            )
+
+
+def require_json(request: Request) -> None:
+    """A route dependency: refuses a body that does not say it is JSON. Raises WrongContentType."""
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json" and not (media_type.startswith("application/") and media_type.endswith("+json")):
+        raise WrongContentType("Send the body as JSON with the header 'Content-Type: application/json'.")
+
+
+async def until_disconnected(request: Request, work: Awaitable[T]) -> T:
+    """Awaits `work`, and cancels it as soon as the client goes away. Raises ClientGone in that case.
+
+    The request's body must have been read: the next thing to come from the connection is its end.
+    """
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGone("The client closed the connection before the answer was ready.")
+    finally:
+        watcher.cancel()
+        task.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

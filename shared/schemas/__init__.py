@@ -1,0 +1,1 @@
+"""The bodies of requests and answers: pydantic models at the edge, the same at the gateway and at the services."""

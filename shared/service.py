@@ -1,0 +1,46 @@
+"""The application factory: what makes every service behave alike around its own routes."""
+
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
+from importlib.metadata import version
+from typing import Any, Protocol
+
+from fastapi import APIRouter, FastAPI
+
+from shared.health import Metrics, Readiness, health_router
+from shared.problems import install_handlers
+from shared.requests import RequestContext
+
+
+class Lifespan(Protocol):
+    """What runs around an app's life."""
+
+    def __call__(self, app: FastAPI, /) -> AbstractAsyncContextManager[Any]:
+        """Starts the service's parts and yields once requests may come."""
+
+
+def create_service(
+    name: str,
+    *,
+    description: str,
+    lifespan: Lifespan,
+    routers: Sequence[APIRouter],
+    readiness: Readiness,
+    metrics: Metrics,
+    max_body_bytes: int,
+) -> FastAPI:
+    """An app with request ids, limits, problems, health and metrics around the given routers."""
+    app = FastAPI(
+        title=f"Z-Image {name}",
+        description=description,
+        version=version("zimage-server"),
+        lifespan=lifespan,
+        max_body_size=max_body_bytes,
+        telemetry={"tracing": False, "metrics": False, "logs": False},
+    )
+    app.add_middleware(RequestContext, metrics=metrics, max_body_bytes=max_body_bytes)
+    install_handlers(app)
+    app.include_router(health_router(metrics, readiness))
+    for router in routers:
+        app.include_router(router)
+    return app

@@ -1,0 +1,75 @@
+"""The only torch in `shared`: picks devices and dtypes, and turns tensors into safetensors bytes and back uncopied."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from shared.checkpoint import UnusableModel
+from shared.settings import Device, Dtype
+from shared.wire import Header, TensorMeta, build_header
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def to_chunks(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> list[memoryview]:
+    """The message for these tensors as its header and a view of each tensor's memory, to be sent in this order.
+
+    Tensors are moved to the CPU and made contiguous where they are not; apart from that nothing is copied.
+    """
+    host = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    metas = [TensorMeta(name, NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in host.items()]
+    return [memoryview(build_header(metas, metadata)), *(data_of(tensor) for tensor in host.values())]
+
+
+def data_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, as a view that keeps the tensor alive."""
+    array: np.ndarray[Any, Any] = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+def from_message(message: bytearray | memoryview, header: Header, name: str) -> torch.Tensor:
+    """The tensor of that name, sharing the message's memory, which must be writable.
+
+    Raises KeyError for an unknown name; the dtype must be one of `DTYPES` and is checked by the caller.
+    """
+    meta = header.tensor(name)
+    if meta is None:
+        raise KeyError(name)
+    if not meta.nbytes:
+        return torch.empty(meta.shape, dtype=DTYPES[meta.dtype])
+    span = header.span(name)
+    count = (span.stop - span.start) // torch.empty((), dtype=DTYPES[meta.dtype]).element_size()
+    return torch.frombuffer(message, dtype=DTYPES[meta.dtype], count=count, offset=span.start).reshape(meta.shape)
+
+
+def pick_device(wanted: Device) -> torch.device:
+    """The device; auto is CUDA, else MPS, else the CPU. Raises UnusableModel when this machine lacks it."""
+    if wanted is Device.AUTO:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    available = {
+        Device.CPU: True,
+        Device.CUDA: torch.cuda.is_available(),
+        Device.MPS: torch.backends.mps.is_available(),
+    }
+    if not available[wanted]:
+        raise UnusableModel(f"the device '{wanted}' is asked for, but torch {torch.__version__} finds none here")
+    return torch.device(wanted.value)
+
+
+def dtype_of(wanted: Dtype, checkpoint: str) -> torch.dtype:
+    """The dtype to compute in; `checkpoint` is the stored one, as `shared.checkpoint.checkpoint_dtype` names it.
+
+    A float16 checkpoint is widened to bfloat16: Z-Image overflows in float16 and draws black pictures.
+    """
+    name = checkpoint if wanted is Dtype.AUTO else wanted.value
+    return {"float32": torch.float32, "float64": torch.float32}.get(name, torch.bfloat16)

@@ -1,0 +1,151 @@
+"""Makes checkpoints with random weights in the directory layout of the published Z-Image: to test and to measure with.
+
+They draw noise, but through the real architecture: Qwen3 text encoder, Z-Image DiT, AutoencoderKL, flow matching.
+"""
+
+import json
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from zimage.tokenizer import save_tokenizer, train_tokenizer
+
+AXES_LENS = (1536, 512, 512)  # of the published checkpoint: 1504 tokens of text, 512 patches a side
+LATENT_CHANNELS = 16
+SCALING_FACTOR, SHIFT_FACTOR = 0.3611, 0.1159
+FORMAT_VERSION = 1  # raise it when the layout below changes: older directories are then made anew
+
+
+class Size(StrEnum):
+    """How large the random model is."""
+
+    TINY = "tiny"
+    BENCH = "bench"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """Sizes of the parts; the DiT's width is `heads * sum(axes_dims)`."""
+
+    text_width: int
+    text_layers: int
+    text_heads: int
+    heads: int
+    axes_dims: tuple[int, int, int]
+    layers: int
+    refiner_layers: int
+    vae_channels: tuple[int, int, int, int]
+
+
+SHAPES = {
+    Size.TINY: Shape(
+        text_width=64,
+        text_layers=4,
+        text_heads=4,
+        heads=4,
+        axes_dims=(8, 4, 4),
+        layers=2,
+        refiner_layers=1,
+        vae_channels=(8, 16, 16, 16),
+    ),
+    Size.BENCH: Shape(
+        text_width=1024,
+        text_layers=8,
+        text_heads=8,
+        heads=8,
+        axes_dims=(32, 48, 48),
+        layers=8,
+        refiner_layers=2,
+        vae_channels=(32, 64, 128, 128),
+    ),
+}
+
+
+def make_checkpoint(folder: Path, *, size: Size = Size.TINY, dtype: str = "bfloat16", seed: int = 0) -> Path:
+    """Writes a checkpoint, the same for the same arguments, and answers its folder. An equal one is left as it is."""
+    recipe = {"size": size.value, "dtype": dtype, "seed": seed, "version": FORMAT_VERSION}
+    stamp = folder / "made_by_zimage.json"
+    if stamp.is_file() and json.loads(stamp.read_text()) == recipe:
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    shape, torch_dtype = SHAPES[size], getattr(torch, dtype)
+    tokenizer = train_tokenizer()
+    save_tokenizer(tokenizer, folder / "tokenizer")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        parts = {
+            "text_encoder": _text_encoder(shape, tokenizer.get_vocab_size()),
+            "transformer": _transformer(shape),
+            "vae": _vae(shape),
+        }
+    for name, part in parts.items():
+        torch.nn.Module.to(part, torch_dtype)  # past diffusers' own `to`, which warns of parts that this model lacks
+        part.save_pretrained(folder / name)
+    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
+    (folder / "model_index.json").write_text(json.dumps(_INDEX, indent=2) + "\n")
+    stamp.write_text(json.dumps(recipe) + "\n")
+    return folder
+
+
+_INDEX = {
+    "_class_name": "ZImagePipeline",
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "Qwen3ForCausalLM"],
+    "tokenizer": ["transformers", "Qwen2Tokenizer"],
+    "transformer": ["diffusers", "ZImageTransformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+def _text_encoder(shape: Shape, vocabulary: int) -> Any:
+    config = Qwen3Config(
+        vocab_size=vocabulary,
+        hidden_size=shape.text_width,
+        intermediate_size=3 * shape.text_width,
+        num_hidden_layers=shape.text_layers,
+        num_attention_heads=shape.text_heads,
+        num_key_value_heads=max(1, shape.text_heads // 4),
+        head_dim=shape.text_width // shape.text_heads,
+        max_position_embeddings=40_960,
+        rope_theta=1_000_000.0,
+        tie_word_embeddings=True,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def _transformer(shape: Shape) -> Any:
+    model = ZImageTransformer2DModel(
+        in_channels=LATENT_CHANNELS,
+        dim=shape.heads * sum(shape.axes_dims),
+        n_layers=shape.layers,
+        n_refiner_layers=shape.refiner_layers,
+        n_heads=shape.heads,
+        n_kv_heads=shape.heads,
+        cap_feat_dim=shape.text_width,
+        axes_dims=list(shape.axes_dims),
+        axes_lens=list(AXES_LENS),
+    )
+    for token in (model.x_pad_token, model.cap_pad_token):  # zeros by default, which would hide errors of padding
+        torch.nn.init.normal_(token, std=0.02)
+    return model
+
+
+def _vae(shape: Shape) -> Any:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=shape.vae_channels,
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=8,
+        scaling_factor=SCALING_FACTOR,
+        shift_factor=SHIFT_FACTOR,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        force_upcast=False,
+    )
