@@ -72,5 +72,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UnusableModel(f"{path} does not hold a JSON object")
     return value
-
-

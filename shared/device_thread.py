@@ -14,13 +14,14 @@ EXIT_UNUSABLE_MODEL = 78
 EXIT_DEVICE_FAILED = 70  # EX_SOFTWARE of sysexits.h: a new process may do better
 
 M = TypeVar("M")
+M_contra = TypeVar("M_contra", contravariant=True)
 log = structlog.get_logger(__name__)
 
 
-class Tick(Protocol[M]):
+class Tick(Protocol[M_contra]):
     """Does one piece of work on the model; answers whether there may be more."""
 
-    def __call__(self, model: M, /) -> bool:
+    def __call__(self, model: M_contra, /) -> bool:
         """Runs in the device's thread."""
 
 
@@ -77,7 +78,7 @@ class DeviceThread(Generic[M]):
             self._fail(EXIT_UNUSABLE_MODEL, str(error))
             log.error("the model cannot be used", reason=str(error))  # noqa: TRY400 - the sentence says it all
             return
-        except Exception as error:  # noqa: BLE001 - the thread's outermost frame: nobody above could log it
+        except Exception as error:
             self._fail(EXIT_DEVICE_FAILED, "the model could not be loaded")
             log.error("the model could not be loaded", exc_info=error)
             return
@@ -93,7 +94,7 @@ class DeviceThread(Generic[M]):
             try:
                 while not self._stopping and self._tick(model):
                     pass
-            except Exception as error:  # noqa: BLE001 - the thread's outermost frame: nobody above could log it
+            except Exception as error:
                 self._fail(EXIT_DEVICE_FAILED, "the device failed")
                 log.error("the device's thread failed, the process ends", exc_info=error)
                 return

@@ -61,7 +61,7 @@ class RequestContext:
                     await problem_response(error, request_id)(scope, receive, send_with_id)
                 else:
                     await self.app(scope, receive, send_with_id)
-            except Exception as error:  # noqa: BLE001 - the last line of defence: logged here, told without its text
+            except Exception as error:
                 log.error("a request failed unexpectedly", exc_info=error)
                 if status:
                     raise  # the answer has begun: closing the connection is the only honest end
@@ -81,15 +81,15 @@ class RequestContext:
         route = getattr(scope.get("route"), "path", "unmatched")
         self.metrics.observe_request(scope["method"], route, status, seconds)
         if not scope["path"].startswith(_QUIET_PATHS):
-            log.info(
-                "request", method=scope["method"], path=scope["path"], status=status, duration_s=round(seconds, 4)
-            )
+            log.info("request", method=scope["method"], path=scope["path"], status=status, duration_s=round(seconds, 4))
 
 
 def require_json(request: Request) -> None:
     """A route dependency: refuses a body that does not say it is JSON. Raises WrongContentType."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != "application/json" and not (media_type.startswith("application/") and media_type.endswith("+json")):
+    if media_type != "application/json" and not (
+        media_type.startswith("application/") and media_type.endswith("+json")
+    ):
         raise WrongContentType("Send the body as JSON with the header 'Content-Type: application/json'.")
 
 

@@ -20,7 +20,6 @@ class Lifespan(Protocol):
 
 
 def create_service(
-    name: str,
     *,
     description: str,
     lifespan: Lifespan,
@@ -31,16 +30,21 @@ def create_service(
 ) -> FastAPI:
     """An app with request ids, limits, problems, health and metrics around the given routers."""
     app = FastAPI(
-        title=f"Z-Image {name}",
+        title=f"Z-Image {metrics.service}",
         description=description,
         version=version("zimage-server"),
         lifespan=lifespan,
         max_body_size=max_body_bytes,
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
+    app.state.stop = _nobody_to_stop
     app.add_middleware(RequestContext, metrics=metrics, max_body_bytes=max_body_bytes)
     install_handlers(app)
     app.include_router(health_router(metrics, readiness))
     for router in routers:
         app.include_router(router)
     return app
+
+
+def _nobody_to_stop(exit_code: int) -> None:
+    """Stands in for the server's `stop` while no server runs the app, as in a test."""

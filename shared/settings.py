@@ -6,14 +6,12 @@ environment of the services that it starts.
 
 from collections.abc import Mapping
 from enum import StrEnum
-from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from shared.logs import LogFormat
-
 
 DEFAULT_MAX_PIXELS = 4_200_000
 """Width times height of the largest picture: a little over 2048 x 2048."""

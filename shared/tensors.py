@@ -32,7 +32,7 @@ def to_chunks(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] |
 def data_of(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, as a view that keeps the tensor alive."""
     array: np.ndarray[Any, Any] = tensor.reshape(-1).view(torch.uint8).numpy()
-    return memoryview(array)
+    return array.data
 
 
 def from_message(message: bytearray | memoryview, header: Header, name: str) -> torch.Tensor:

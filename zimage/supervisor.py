@@ -57,7 +57,7 @@ class Supervisor:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Stops the gateway, which waits for its running requests, and then what those need."""
-        first = [service for service in self._services if service.plan.name == GATEWAY]
+        first: list[_Service] = [service for service in self._services if service.plan.name == GATEWAY]
         rest = [service for service in self._services if service.plan.name != GATEWAY]
         for group in (first, rest):
             await asyncio.gather(*(service.stop() for service in group))
@@ -69,7 +69,7 @@ class Supervisor:
         self._logbook.close()
 
     async def wait_ready(self, timeout_s: float) -> None:
-        """Returns once the gateway says that all is loaded. Raises CannotStart when a service gives up, or at timeout."""
+        """Returns once the gateway says that all is loaded. Raises CannotStart when a service gives up or time is up."""
         url = f"{self.urls[GATEWAY]}/health/ready"
         async with httpx2.AsyncClient(trust_env=False, timeout=2.0) as client:
             ready = asyncio.create_task(_poll(client, url))

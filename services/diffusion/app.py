@@ -28,11 +28,15 @@ class State(TypedDict):
 def create_app(settings: DiffusionSettings, *, model: ZImageModel | None = None) -> FastAPI:
     """The app; with `model` given that one is used instead of loading `settings.model_path`."""
     metrics = Metrics("diffusion")
+
+    def fail(exit_code: int) -> None:
+        app.state.stop(exit_code)
+
     engine = DiffusionEngine(
         partial(load_zimage, settings) if model is None else lambda: model,
         max_waiting=settings.max_waiting,
         png_compression=settings.png_compression,
-        on_failure=lambda exit_code: app.state.stop(exit_code),
+        on_failure=fail,
     )
     metrics.gauge("zimage_diffusion_waiting", "Pictures that wait", lambda: engine.waiting)
     metrics.gauge("zimage_diffusion_running", "Pictures in the making", lambda: len(engine.running))
@@ -44,7 +48,6 @@ def create_app(settings: DiffusionSettings, *, model: ZImageModel | None = None)
         await engine.stop()
 
     app = create_service(
-        "diffusion",
         description=DESCRIPTION,
         lifespan=lifespan,
         routers=[router],

@@ -86,15 +86,11 @@ class ZImageModel:
         return embeddings
 
     @torch.inference_mode()
-    def start(
-        self, parameters: DiffusionParameters, text: torch.Tensor, negative: torch.Tensor | None
-    ) -> Denoising:
+    def start(self, parameters: DiffusionParameters, text: torch.Tensor, negative: torch.Tensor | None) -> Denoising:
         """Prepares a picture: its noise, its schedule and its embeddings, fitted to the text limit."""
         device = self._transformer.device
         rows, columns = (PATCH * (side // (PATCH * self._cell_px)) for side in (parameters.height, parameters.width))
-        noise = first_noise(
-            parameters.seed, channels=self._transformer.config.in_channels, height=rows, width=columns
-        )
+        noise = first_noise(parameters.seed, channels=self._transformer.config.in_channels, height=rows, width=columns)
         scheduler = make_scheduler(
             self._scheduler_config,
             steps=parameters.steps,
@@ -154,9 +150,7 @@ class ZImageModel:
         return (pixels * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy()
 
     def _condition(self, embeddings: torch.Tensor, parameters: DiffusionParameters) -> torch.Tensor:
-        fitted = fit(
-            embeddings.to(self._transformer.device), self.facts.text_limit, parameters.long_prompt_mode
-        )
+        fitted = fit(embeddings.to(self._transformer.device), self.facts.text_limit, parameters.long_prompt_mode)
         return fitted.to(self._transformer.dtype)
 
     def _free_cache(self) -> None:

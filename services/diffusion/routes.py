@@ -68,9 +68,7 @@ def require_tensors(request: Request) -> None:
     dependencies=[Depends(require_tensors)],
     response_class=Response,
     responses={**REFUSALS, 200: {"content": {"image/png": {}}, "description": "The picture."}},
-    openapi_extra={
-        "requestBody": {"content": {wire.MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}}
-    },
+    openapi_extra={"requestBody": {"content": {wire.MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}}},
 )
 async def generate(request: Request, engine: Engine, settings: Settings) -> Response:
     """Takes one safetensors body: the tensors `text` and, with guidance, `negative`, each [tokens, width], and the
@@ -95,9 +93,7 @@ async def queue(engine: Engine) -> Queue:
     """The steps that each running picture has done, and how many wait."""
     return Queue(
         running=[
-            RunningPicture(
-                request_id=job.request.request_id, step=job.step, steps=job.request.parameters.steps
-            )
+            RunningPicture(request_id=job.request.request_id, step=job.step, steps=job.request.parameters.steps)
             for job in engine.running
         ],
         waiting=engine.waiting,

@@ -15,7 +15,9 @@ BASE_SHIFT, MAX_SHIFT = 0.5, 1.15
 may name others. The published ones shift statically and ignore it."""
 
 
-def make_scheduler(config: Mapping[str, Any], *, steps: int, shift: float, image_tokens: int, device: torch.device) -> Any:
+def make_scheduler(
+    config: Mapping[str, Any], *, steps: int, shift: float, image_tokens: int, device: torch.device
+) -> Any:
     """A scheduler of this picture's own, with its `timesteps` set: float32 [steps], from 1000 down.
 
     Before shifting the sigmas are `linspace(1, 1/N, N)`, so N steps are N calls of the DiT; the shift makes of each

@@ -27,6 +27,10 @@ class State(TypedDict):
 def create_app(settings: EncoderSettings, *, model: TextEncoder | None = None) -> FastAPI:
     """The app; with `model` given that one is used instead of loading `settings.model_path`."""
     metrics = Metrics("encoder")
+
+    def fail(exit_code: int) -> None:
+        app.state.stop(exit_code)
+
     engine = EncoderEngine(
         partial(load_text_encoder, settings) if model is None else lambda: model,
         Limits(
@@ -35,7 +39,7 @@ def create_app(settings: EncoderSettings, *, model: TextEncoder | None = None) -
             max_waiting=settings.max_waiting,
             max_tokens=settings.max_tokens,
         ),
-        on_failure=lambda exit_code: app.state.stop(exit_code),
+        on_failure=fail,
     )
     metrics.gauge("zimage_encoder_waiting", "Texts that wait for their hidden states", lambda: engine.waiting)
 
@@ -46,7 +50,6 @@ def create_app(settings: EncoderSettings, *, model: TextEncoder | None = None) -
         await engine.stop()
 
     app = create_service(
-        "encoder",
         description=DESCRIPTION,
         lifespan=lifespan,
         routers=[router],

@@ -112,7 +112,7 @@ class EncoderEngine:
             states = model.hidden_states([job.ids for job in batch], batch[0].layer)
         except ServiceError as error:
             _fail_all(batch, error)
-        except Exception as error:  # noqa: BLE001 - one bad batch must not end the service
+        except Exception as error:
             log.error("a batch could not be encoded", exc_info=error, texts=len(batch))
             _fail_all(batch, InternalError("The text could not be encoded."))
         else:

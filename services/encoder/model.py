@@ -15,8 +15,8 @@ from transformers import AutoTokenizer, Qwen3Model
 
 from services.encoder.settings import EncoderSettings
 from shared.checkpoint import checkpoint_dtype, require_parts, require_weights
-from shared.tensors import dtype_of, pick_device
 from shared.errors import InvalidField
+from shared.tensors import dtype_of, pick_device
 
 log = structlog.get_logger(__name__)
 

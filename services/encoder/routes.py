@@ -6,8 +6,8 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
 
-from services.encoder.engine import EncoderEngine
 from services.encoder.answers import json_answers, tensor_answer
+from services.encoder.engine import EncoderEngine
 from shared import wire
 from shared.errors import ClientGone, InvalidField, MalformedBody, QueueFull, Unready, WrongContentType
 from shared.problems import responses
@@ -68,9 +68,5 @@ async def models(engine: Engine) -> ModelList:
     """In the form of OpenAI's list, with device, dtype and size."""
     facts = engine.facts
     return ModelList(
-        data=[
-            ModelInfo(
-                id=facts.name, device=facts.device, dtype=facts.dtype, width=facts.width, layers=facts.layers
-            )
-        ]
+        data=[ModelInfo(id=facts.name, device=facts.device, dtype=facts.dtype, width=facts.width, layers=facts.layers)]
     )

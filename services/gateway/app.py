@@ -44,7 +44,6 @@ def create_app(settings: GatewaySettings) -> FastAPI:
                 await watching
 
     return create_service(
-        "gateway",
         description=DESCRIPTION,
         lifespan=lifespan,
         routers=[generate.router, prompts.router, health.router],

@@ -91,7 +91,7 @@ class DiffusionClient:
             [TensorMeta(name, item.dtype, item.shape) for name, item in tensors.items()],
             {PARAMETERS: parameters.model_dump_json()},
         )
-        chunks = [header, *(item.data for item in tensors.values())]
+        chunks: list[bytes | memoryview] = [header, *(item.data for item in tensors.values())]
         reply = await self.service.post_chunks(
             "/v1/generate", chunks, timeout_s=timeout_s, headers={"content-type": wire.MEDIA_TYPE}
         )

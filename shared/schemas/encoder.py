@@ -25,7 +25,9 @@ class HiddenStatesRequest(RequestModel):
     max_length: Annotated[int, Strict(), Field(ge=1, le=1 << 20)] | None = Field(
         None, description="Keep at most this many tokens from the start."
     )
-    encoding_format: Literal["float", "base64"] = Field("float", description="Form of `hidden_states` in a JSON answer.")
+    encoding_format: Literal["float", "base64"] = Field(
+        "float", description="Form of `hidden_states` in a JSON answer."
+    )
 
     @property
     def texts(self) -> list[str]:

@@ -134,8 +134,8 @@ class ServiceHealth(BaseModel):
     """One service as the gateway sees it."""
 
     status: str = Field(description="ready, starting, unreachable or not_configured", examples=["ready"])
-    url: str | None = Field(None, examples=["http://127.0.0.1:7861"])
-    reason: str | None = Field(None, description="Why it is not ready.")
+    url: str | None = Field(default=None, examples=["http://127.0.0.1:7861"])
+    reason: str | None = Field(default=None, description="Why it is not ready.")
 
 
 class HealthAnswer(BaseModel):
