@@ -78,9 +78,9 @@ class DeviceThread(Generic[M]):
             self._fail(EXIT_UNUSABLE_MODEL, str(error))
             log.error("the model cannot be used", reason=str(error))  # noqa: TRY400 - the sentence says it all
             return
-        except Exception as error:
+        except Exception:  # the thread's outermost frame: nobody above could log it
             self._fail(EXIT_DEVICE_FAILED, "the model could not be loaded")
-            log.error("the model could not be loaded", exc_info=error)
+            log.exception("the model could not be loaded")
             return
         self._model = model
         if not self._stopping:
@@ -94,9 +94,9 @@ class DeviceThread(Generic[M]):
             try:
                 while not self._stopping and self._tick(model):
                     pass
-            except Exception as error:
+            except Exception:  # the thread's outermost frame: nobody above could log it
                 self._fail(EXIT_DEVICE_FAILED, "the device failed")
-                log.error("the device's thread failed, the process ends", exc_info=error)
+                log.exception("the device's thread failed, the process ends")
                 return
 
     def _fail(self, exit_code: int, reason: str) -> None:

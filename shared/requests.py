@@ -61,8 +61,8 @@ class RequestContext:
                     await problem_response(error, request_id)(scope, receive, send_with_id)
                 else:
                     await self.app(scope, receive, send_with_id)
-            except Exception as error:
-                log.error("a request failed unexpectedly", exc_info=error)
+            except Exception:  # the last line of defence: logged here, told without its text
+                log.exception("a request failed unexpectedly")
                 if status:
                     raise  # the answer has begun: closing the connection is the only honest end
                 await problem_response(InternalError(_UNKNOWN), request_id)(scope, receive, send_with_id)

@@ -1,7 +1,7 @@
 """Runs a service's app as a process: its socket, its logs, its end.
 
 A supervisor may hand over a listening socket (`ZIMAGE_SOCKET_FD`), so that the port outlives a restart, and its own
-life (`ZIMAGE_LIFELINE=1`: standard input is a pipe that closes when the supervisor dies, and this process ends with it).
+life (`ZIMAGE_LIFELINE=1`: standard input is a pipe that closes when the supervisor dies; this process then ends too).
 """
 
 import os

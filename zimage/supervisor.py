@@ -69,7 +69,7 @@ class Supervisor:
         self._logbook.close()
 
     async def wait_ready(self, timeout_s: float) -> None:
-        """Returns once the gateway says that all is loaded. Raises CannotStart when a service gives up or time is up."""
+        """Returns once the gateway says that all is loaded. Raises CannotStart when a service gives up, or in the end."""
         url = f"{self.urls[GATEWAY]}/health/ready"
         async with httpx2.AsyncClient(trust_env=False, timeout=2.0) as client:
             ready = asyncio.create_task(_poll(client, url))
@@ -98,7 +98,7 @@ class _Service:
         self.plan = plan
         self._logbook = logbook
         self._process: asyncio.subprocess.Process | None = None
-        self._stopping = False
+        self._stopping = asyncio.Event()
         self._last_line = ""
 
     @property
@@ -108,10 +108,10 @@ class _Service:
     async def keep(self) -> None:
         """Runs the process again whenever it ends, after growing pauses. Raises CannotStart if that is of no use."""
         pause_s = FIRST_PAUSE_S
-        while not self._stopping:
+        while not self._stopping.is_set():
             started = time.monotonic()
             exit_code = await self._run()
-            if self._stopping:
+            if self._stopping.is_set():
                 return
             if exit_code == EXIT_UNUSABLE:
                 raise CannotStart(self._reason())
@@ -129,7 +129,7 @@ class _Service:
 
     async def stop(self) -> None:
         """SIGTERM, and SIGKILL for a process that does not end in time."""
-        self._stopping = True
+        self._stopping.set()
         process = self._process
         if process is None or process.returncode is not None:
             return

@@ -159,8 +159,8 @@ class DiffusionEngine:
             log.info("picture cancelled", request_id=job.request.request_id, step=job.step)
         except ServiceError as error:
             job.fail(error)
-        except Exception as error:
-            log.error("a picture failed", exc_info=error, request_id=job.request.request_id, step=job.step)
+        except Exception:  # one bad picture must not end the service
+            log.exception("a picture failed", request_id=job.request.request_id, step=job.step)
             job.fail(InternalError("The picture could not be made; the server's log has the cause."))
         finally:
             self._running.remove(job)

@@ -29,11 +29,11 @@ async def read_message(
                 header = parse_header(message)
                 parameters = judge(header)
             if header is not None and len(message) > header.total_bytes:
-                raise WireError("the body is longer than its header says")
-        if header is None or parameters is None or len(message) != header.total_bytes:
-            raise WireError("the body is shorter than its header says")
+                break
     except WireError as error:
         raise InvalidField(f"The safetensors body cannot be used: {error}.") from None
+    if header is None or parameters is None or len(message) != header.total_bytes:
+        raise InvalidField("The safetensors body is shorter or longer than its header says.")
     return message, header, parameters
 
 

@@ -76,7 +76,10 @@ class EncoderEngine:
         return token_ids
 
     async def encode(self, texts: Sequence[str], *, layer: int, max_length: int | None = None) -> list[Encoded]:
-        """Hidden states `layer` of each text, of at most `max_length` tokens. Raises Unready, InvalidField, QueueFull."""
+        """Hidden states `layer` of each text, at most `max_length` tokens each.
+
+        Raises Unready, InvalidField, QueueFull.
+        """
         self.device.model.check_layer(layer)
         jobs = [EncodeJob(ids[:max_length], layer) for ids in await self.tokenize(texts)]
         if not all(job.ids for job in jobs):
@@ -112,8 +115,8 @@ class EncoderEngine:
             states = model.hidden_states([job.ids for job in batch], batch[0].layer)
         except ServiceError as error:
             _fail_all(batch, error)
-        except Exception as error:
-            log.error("a batch could not be encoded", exc_info=error, texts=len(batch))
+        except Exception:  # one bad batch must not end the service
+            log.exception("a batch could not be encoded", texts=len(batch))
             _fail_all(batch, InternalError("The text could not be encoded."))
         else:
             log.debug("batch encoded", texts=len(batch), tokens=sum(len(job.ids) for job in batch))

@@ -1,4 +1,4 @@
-"""The public API's bodies. A field that is left out (or null) takes the server's default, which its flags may change."""
+"""The public API's bodies. A field that is left out (or null) takes the server's default, which flags may change."""
 
 from typing import Any
 
