@@ -31,14 +31,20 @@ class ServiceClient:
     """Calls one service by its base URL."""
 
     def __init__(
-        self, name: str, base_url: str, *, max_reply_bytes: int, transport: httpx2.AsyncBaseTransport | None = None
+        self,
+        name: str,
+        base_url: str,
+        *,
+        max_reply_bytes: int,
+        headers: Mapping[str, str] | None = None,
+        transport: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
         self.name = name
         self.base_url = base_url
         self._max_reply_bytes = max_reply_bytes
         self._http = httpx2.AsyncClient(
             base_url=base_url,
-            headers=_ADDED_HEADERS,
+            headers={**_ADDED_HEADERS, **(headers or {})},
             timeout=httpx2.Timeout(None, connect=CONNECT_TIMEOUT_S),
             limits=httpx2.Limits(max_connections=256, max_keepalive_connections=64, keepalive_expiry=60.0),
             transport=transport,

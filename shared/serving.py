@@ -41,11 +41,12 @@ def run_service(name: str, settings_type: type[S], create_app: Callable[[S], Fas
     except InvalidSettings as error:
         log.error("the settings cannot be used", reason=str(error))  # noqa: TRY400 - the sentence says it all
         sys.exit(EXIT_UNUSABLE)
+    host, port = settings.address
     server = Server(
         uvicorn.Config(
             app,
-            host=settings.host,
-            port=settings.port,
+            host=host,
+            port=port,
             log_config=None,
             access_log=False,
             server_header=False,

@@ -1,18 +1,27 @@
-"""Settings that every service has. Each service adds its own in its `settings.py` and reads only those.
+"""Settings: where they come from, and those that every service has. Each service adds its own and reads only those.
 
-A value comes from `ZIMAGE_...` in the environment or is the default written here, once; the command line sets the
-environment of the services that it starts.
+A setting is written once, as a field: its name makes the environment variable (`ZIMAGE_` and the name in capitals) and
+the flag of the command line, `key` its place in the configuration file, and the default stands beside it. Flags win
+over the environment, that over the file, that over the default; the command line passes flags on as environment.
 """
 
+import os
+import tomllib
+from abc import abstractmethod
 from collections.abc import Mapping
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from shared.logs import LogFormat
 
+ENV_PREFIX = "ZIMAGE_"
+CONFIG_FILE, PROFILE = "ZIMAGE_CONFIG", "ZIMAGE_PROFILE"
+DEFAULT_PROFILE = "default"
 DEFAULT_MAX_PIXELS = 4_200_000
 """Width times height of the largest picture: a little over 2048 x 2048."""
 
@@ -38,39 +47,130 @@ class InvalidSettings(Exception):
     """The settings cannot be used; the text names the setting, its value and where it came from."""
 
 
+def setting(default: Any, *, key: str, panel: str = "", description: str, **constraints: Any) -> Any:
+    """A field of a settings class. `key` is its dotted place in a profile of the configuration file; a `panel` makes it
+    a flag of `zimage serve`, shown under that title; `constraints` are pydantic's."""
+    return Field(default, description=description, json_schema_extra={"key": key, "panel": panel}, **constraints)
+
+
+def key_of(field: FieldInfo) -> str:
+    """The field's dotted place in a profile of the configuration file, "" for none."""
+    extra = field.json_schema_extra
+    return str(extra["key"]) if isinstance(extra, dict) else ""
+
+
+def panel_of(field: FieldInfo) -> str:
+    """The title under which the command line shows the field's flag, "" for a field that is no flag."""
+    extra = field.json_schema_extra
+    return str(extra["panel"]) if isinstance(extra, dict) else ""
+
+
 class ServiceSettings(BaseSettings):
     """What every service is told about its process."""
 
     model_config = SettingsConfigDict(
-        env_prefix="ZIMAGE_", extra="ignore", frozen=True, populate_by_name=True, protected_namespaces=()
+        env_prefix=ENV_PREFIX,
+        extra="ignore",
+        frozen=True,
+        protected_namespaces=(),
+        nested_model_default_partial_update=True,
     )
 
-    host: str = Field("127.0.0.1", description="address to listen on")
-    port: int = Field(0, ge=0, le=65535, description="port to listen on; 0 picks a free one")
-    log_format: LogFormat = Field("auto", validation_alias="ZIMAGE_LOG_FORMAT", description="auto, console or json")
-    debug: bool = Field(default=False, validation_alias="ZIMAGE_DEBUG", description="log more")
-    shutdown_timeout_s: float = Field(
-        30.0,
-        ge=0,
-        validation_alias="ZIMAGE_SHUTDOWN_TIMEOUT_S",
-        description="how long running requests may take to finish at a stop",
+    log_format: LogFormat = setting("auto", key="server.log_format", description="auto, console or json")
+    debug: bool = setting(default=False, key="server.debug", panel="Optimization", description="Enable debug logging.")
+    shutdown_timeout_s: float = setting(
+        30.0, key="server.shutdown_timeout_s", ge=0, description="seconds that running requests may take at a stop"
     )
+
+    @property
+    @abstractmethod
+    def address(self) -> tuple[str, int]:
+        """Host and port to listen on."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - not a source of ours
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - not a source of ours
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments, then the environment, then the configuration file."""
+        return init_settings, env_settings, _ProfileSource(settings_cls)
+
+
+class ModelSettings(ServiceSettings):
+    """Settings of a service that loads parts of the Z-Image directory."""
+
+    model_path: Path | None = setting(
+        None, key="model_path", panel="Model & device", description="Path to the Z-Image model."
+    )
+
+
+class _ProfileSource(PydanticBaseSettingsSource):
+    """The profile of the configuration file that the environment names."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        return self().get(field_name), key_of(field), False
+
+    def __call__(self) -> dict[str, Any]:
+        path = os.environ.get(CONFIG_FILE)
+        profile = read_profile(Path(path), os.environ.get(PROFILE, DEFAULT_PROFILE)) if path else {}
+        flat = flatten(profile)
+        fields = self.settings_cls.model_fields
+        return {name: flat[key_of(field)] for name, field in fields.items() if key_of(field) in flat}
+
+
+def read_profile(path: Path, profile: str) -> dict[str, Any]:
+    """A profile's table of a TOML file. Raises InvalidSettings for a file or a profile that is not there."""
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidSettings(f"the configuration file {path} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidSettings(f"the configuration file {path} is not TOML: {error}") from None
+    table = tables.get(profile)
+    if not isinstance(table, dict):
+        there = ", ".join(name for name, value in tables.items() if isinstance(value, dict)) or "none"
+        raise InvalidSettings(f"the configuration file {path} has no profile '{profile}'; it has: {there}")
+    return table
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested tables by their dotted keys."""
+    flat: dict[str, Any] = {}
+    for name, value in table.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
 
 
 S = TypeVar("S", bound=ServiceSettings)
 
 
-def read_settings(kind: type[S], **values: Any) -> S:
-    """Reads a service's settings; `values` win over the environment. Raises InvalidSettings with one clear line."""
+def read_settings(kind: type[S]) -> S:
+    """Reads a service's settings. Raises InvalidSettings with one line that names setting, value and source."""
     try:
-        return kind(**values)
+        return kind()
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        if name in kind.model_fields:
-            name = f"{kind.model_config['env_prefix']}{name}".upper()
-        raise InvalidSettings(f"{name} = {_shown(first)!r}: {first['msg']}") from None
+        if not first["loc"]:  # a rule about several settings, whose text names them
+            raise InvalidSettings(first["msg"]) from None
+        where = source_of(kind, str(first["loc"][0]))
+        raise InvalidSettings(f"{where} = {first['input']!r}: {first['msg']}") from None
 
 
-def _shown(error: Mapping[str, Any]) -> Any:
-    return "(not set)" if error["type"] == "missing" else error["input"]
+def source_of(kind: type[ServiceSettings], name: str) -> str:
+    """Where a field's value comes from: the variable (with the flag that may have set it), or the key and the file."""
+    variable, field = variable_of(name), kind.model_fields[name]
+    if variable in os.environ:
+        return f"--{name.replace('_', '-')} ({variable})" if panel_of(field) else variable
+    return f"{key_of(field)} in [{os.environ.get(PROFILE, DEFAULT_PROFILE)}] of {os.environ.get(CONFIG_FILE)}"
+
+
+def variable_of(name: str) -> str:
+    """The environment variable of a field."""
+    return f"{ENV_PREFIX}{name.upper()}"

@@ -2,6 +2,7 @@
 
 import sys
 
+from shared.settings import InvalidSettings
 from zimage.cli import app
 from zimage.plan import CannotStart
 
@@ -10,7 +11,7 @@ def main() -> None:
     """Runs the command line; what cannot be started ends with one sentence and status 1."""
     try:
         app()
-    except CannotStart as error:
+    except (CannotStart, InvalidSettings) as error:
         sys.stderr.write(f"zimage: {error}\n")
         sys.exit(1)
 

@@ -6,16 +6,18 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
-from services.encoder.settings import EncoderSettings
 from services.gateway.settings import GatewaySettings
 from shared.checkpoint import UnusableModel, require_parts
-from shared.schemas.fields import LongPromptMode
-from shared.settings import Device
-from zimage.plan import DIFFUSION, ENCODER, CannotStart, ServeOptions, default_data_dir
+from shared.settings import DEFAULT_PROFILE, Device, ModelSettings, ServiceSettings
+from zimage.flags import check_configuration, in_force, set_environment, with_flags
+from zimage.plan import DIFFUSION, ENCODER, CannotStart, default_data_dir
 from zimage.serve import serve_until_stopped
 
 app = typer.Typer(
@@ -26,9 +28,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-
-_gateway = GatewaySettings.model_fields
-_encoder = EncoderSettings.model_fields
 
 
 class NodeKind(StrEnum):
@@ -56,105 +55,56 @@ DataDir = Annotated[
     Path | None,
     typer.Option(help="Folder for everything that is written: logs, pictures.", show_default="the user data directory"),
 ]
-ModelPath = Annotated[
-    Path, typer.Option(envvar="ZIMAGE_MODEL_PATH", help="Path to the Z-Image model.", show_default=False)
+ConfigFile = Annotated[Path | None, typer.Option(help="Path to a TOML config file.", rich_help_panel="Model & device")]
+Profile = Annotated[
+    str | None,
+    typer.Option(help="Config profile to use.", show_default=DEFAULT_PROFILE, rich_help_panel="Model & device"),
 ]
 
 
-def _device_option(part: str) -> typer.models.OptionInfo:
-    option: typer.models.OptionInfo = typer.Option(
-        help=f"Device for the {part} (cpu/cuda/mps/auto).", show_default="auto", rich_help_panel="Model & device"
-    )
-    return option
-
-
 @app.command()
-def serve(
-    model_path: ModelPath,
-    text_encoder_device: Annotated[Device | None, _device_option("text encoder")] = None,
-    dit_device: Annotated[Device | None, _device_option("DiT transformer")] = None,
-    vae_device: Annotated[Device | None, _device_option("VAE")] = None,
-    hidden_layer: Annotated[
-        int | None,
-        typer.Option(
-            help="Hidden layer to read embeddings from (-1=last, -2=penultimate).",
-            show_default=str(_gateway["hidden_layer"].default),
-            rich_help_panel="Model & device",
-        ),
-    ] = None,
-    host: Annotated[str, typer.Option(help="Server host.", rich_help_panel="Server")] = _gateway["host"].default,
-    port: Annotated[int, typer.Option(help="Server port; 0 picks a free one.", rich_help_panel="Server")] = _gateway[
-        "port"
-    ].default,
-    encoder_only: Annotated[
-        bool, typer.Option("--encoder-only", help="Run only the encoder (no DiT/VAE).", rich_help_panel="Server")
-    ] = False,
-    shift: Annotated[
-        float | None,
-        typer.Option(
-            help="Scheduler shift.", show_default=str(_gateway["shift"].default), rich_help_panel="Generation"
-        ),
-    ] = None,
-    guidance_scale: Annotated[
-        float | None,
-        typer.Option(
-            help="CFG scale (0.0 for Z-Image Turbo).",
-            show_default=str(_gateway["guidance_scale"].default),
-            rich_help_panel="Generation",
-        ),
-    ] = None,
-    long_prompt_mode: Annotated[
-        LongPromptMode | None,
-        typer.Option(
-            help="How to handle prompts beyond the text limit (1504 tokens for the published model).",
-            show_default=_gateway["long_prompt_mode"].default.value,
-            rich_help_panel="Generation",
-        ),
-    ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Log more.", rich_help_panel="Server")] = False,
-    data_dir: DataDir = None,
-) -> None:
+@with_flags
+def serve(*, config: ConfigFile = None, profile: Profile = None, data_dir: DataDir = None, **flags: Any) -> None:
     """Run all services on this machine, and keep them running until Ctrl-C or SIGTERM."""
-    _require_model(model_path, *_PARTS[ENCODER], *([] if encoder_only else _PARTS[DIFFUSION]))
-    settings = {
-        "ZIMAGE_MODEL_PATH": model_path.resolve(),
-        "ZIMAGE_TEXT_ENCODER_DEVICE": text_encoder_device,
-        "ZIMAGE_DIT_DEVICE": dit_device,
-        "ZIMAGE_VAE_DEVICE": vae_device,
-        "ZIMAGE_HIDDEN_LAYER": hidden_layer,
-        "ZIMAGE_SHIFT": shift,
-        "ZIMAGE_GUIDANCE_SCALE": guidance_scale,
-        "ZIMAGE_LONG_PROMPT_MODE": long_prompt_mode,
-        "ZIMAGE_ENCODER_ONLY": "true" if encoder_only else None,
-        "ZIMAGE_DEBUG": "true" if debug else None,
-    }
-    options = ServeOptions(
-        host=host,
-        port=port,
-        encoder_only=encoder_only,
-        settings={name: str(value) for name, value in settings.items() if value is not None},
-    )
-    asyncio.run(serve_until_stopped(options, data_dir or default_data_dir()))
+    set_environment({"config": config, "profile": profile, **flags})
+    settings = check_configuration()
+    gateway = settings["gateway"]
+    assert isinstance(gateway, GatewaySettings)  # noqa: S101 - by the table that it comes from
+    local = [
+        kind for kind, absent in ((ENCODER, gateway.use_api_encoder), (DIFFUSION, gateway.encoder_only)) if not absent
+    ]
+    for kind in local:
+        _require_model(settings[kind], kind)
+    asyncio.run(serve_until_stopped(gateway, data_dir or default_data_dir()))
 
 
 @app.command()
 def node(
     kind: Annotated[NodeKind, typer.Argument(help="Which service to run.")],
-    model_path: ModelPath,
+    model_path: Annotated[Path | None, typer.Option(help="Path to the Z-Image model.")] = None,
     device: Annotated[Device | None, typer.Option(help="Device to run on.", show_default="auto")] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = _encoder["host"].default,
-    port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 7861,
-    debug: Annotated[bool, typer.Option("--debug", help="Log more.")] = False,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port to listen on.", show_default="7861 encoder, 7864 diffusion")
+    ] = None,
+    debug: Annotated[bool | None, typer.Option("--debug", help="Enable debug logging.")] = None,
 ) -> None:
     """Run one service alone, for a gateway on another machine."""
-    _require_model(model_path, *_PARTS[kind])
-    told = {"ZIMAGE_MODEL_PATH": str(model_path.resolve())}
-    told |= {f"ZIMAGE_{kind.upper()}_HOST": host, f"ZIMAGE_{kind.upper()}_PORT": str(port)}
-    if device is not None:
-        told |= dict.fromkeys(_DEVICES[kind], device.value)
-    if debug:
-        told["ZIMAGE_DEBUG"] = "true"
-    _become(kind, told)
+    set_environment({"model_path": model_path, f"{kind}_host": host, f"{kind}_port": port, "debug": debug})
+    set_environment(dict.fromkeys(_DEVICES[kind], device))
+    settings = check_configuration([kind])[kind]
+    _require_model(settings, kind)
+    os.execv(sys.executable, [sys.executable, "-m", f"services.{kind}"])  # noqa: S606 - our own module, no shell
+
+
+@app.command()
+def config(*, config: ConfigFile = None, profile: Profile = None) -> None:
+    """Show every setting that is in force, and where its value comes from."""
+    set_environment({"config": config, "profile": profile})
+    table = Table("setting", "value", "from")
+    for row in in_force():
+        table.add_row(row.name, escape(str(row.value)), escape(row.source))
+    Console().print(table)
 
 
 @app.command("make-checkpoint")
@@ -187,16 +137,12 @@ def demo(
 
 
 _PARTS = {ENCODER: ("text_encoder", "tokenizer"), DIFFUSION: ("transformer", "vae", "scheduler")}
-_DEVICES = {ENCODER: ("ZIMAGE_TEXT_ENCODER_DEVICE",), DIFFUSION: ("ZIMAGE_DIT_DEVICE", "ZIMAGE_VAE_DEVICE")}
+_DEVICES = {ENCODER: ("text_encoder_device",), DIFFUSION: ("dit_device", "vae_device")}
 
 
-def _require_model(model_path: Path, *parts: str) -> None:
+def _require_model(settings: ServiceSettings, kind: str) -> None:
+    assert isinstance(settings, ModelSettings)  # noqa: S101 - by the table that it comes from
     try:
-        require_parts(model_path, *parts)
+        require_parts(settings.model_path, *_PARTS[kind])
     except UnusableModel as error:
         raise CannotStart(str(error)) from None
-
-
-def _become(kind: str, environment: dict[str, str]) -> NoReturn:
-    os.environ.update(environment)
-    os.execv(sys.executable, [sys.executable, "-m", f"services.{kind}"])  # noqa: S606 - our own module, no shell

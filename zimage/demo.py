@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from services.gateway.settings import GatewaySettings
 from shared.logs import configure_logs
 from shared.problems import Problem
 from zimage.checkpoints import make_checkpoint
 from zimage.logbook import Logbook
-from zimage.plan import DIFFUSION, GATEWAY, CannotStart, ServeOptions, plan_services
+from zimage.plan import DIFFUSION, GATEWAY, CannotStart, plan_services
 from zimage.supervisor import Supervisor
 
 READY_TIMEOUT_S = 300.0
@@ -51,11 +52,11 @@ async def run_demo(picture: DemoPicture, data_dir: Path) -> None:
         "so the picture is coloured noise. The way it takes is the real one."
     )
     model = await asyncio.to_thread(make_checkpoint, data_dir / "checkpoints" / "tiny")
-    options = ServeOptions(host="127.0.0.1", port=0, settings={"ZIMAGE_MODEL_PATH": str(model)})
+    plans = plan_services(GatewaySettings(port=0), {"ZIMAGE_MODEL_PATH": str(model)})
     started = time.perf_counter()
     with _progress(console) as progress:
         task = progress.add_task("Starting gateway, encoder and diffusion", total=None)
-        async with Supervisor(plan_services(options), Logbook(data_dir / "logs", echo=False)) as supervisor:
+        async with Supervisor(plans, Logbook(data_dir / "logs", echo=False)) as supervisor:
             await supervisor.wait_ready(READY_TIMEOUT_S)
             start_s = time.perf_counter() - started
             response = await _draw(picture, supervisor.urls, progress)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from platformdirs import user_data_path
 
+from services.gateway.settings import GatewaySettings
+
 LOOPBACK = "127.0.0.1"
 GATEWAY, ENCODER, DIFFUSION = "gateway", "encoder", "diffusion"
 
@@ -38,17 +40,6 @@ class ServicePlan:
         return f"services.{self.name}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServeOptions:
-    """What `zimage serve` was asked for. `settings` are `ZIMAGE_...` variables that every service may read."""
-
-    host: str
-    port: int
-    settings: Mapping[str, str]
-    encoder_only: bool = False
-    api_encoder_url: str | None = None
-
-
 def default_data_dir() -> Path:
     """The platform's folder for a user's data, or what `ZIMAGE_DATA_DIR` names."""
     named = os.environ.get("ZIMAGE_DATA_DIR")
@@ -68,18 +59,17 @@ def listen(host: str, port: int) -> Listener:
     return Listener(opened, f"http://{shown}:{opened.getsockname()[1]}")
 
 
-def plan_services(options: ServeOptions) -> Sequence[ServicePlan]:
-    """The services in the order in which they start; the gateway is last and the first to stop. Raises CannotStart."""
-    public = listen(options.host, options.port)
+def plan_services(settings: GatewaySettings, environment: Mapping[str, str] | None = None) -> Sequence[ServicePlan]:
+    """The services in the order in which they start; the gateway is last, and the first to stop. Raises CannotStart.
+
+    `environment` is told to each of them besides what this process's environment holds.
+    """
+    public = listen(settings.host, settings.port)
+    told = dict(environment or {})
     plans = []
-    told = dict(options.settings)
-    if options.api_encoder_url is None:
-        encoder = listen(LOOPBACK, 0)
-        told["ZIMAGE_ENCODER_URL"] = encoder.url
-        plans.append(ServicePlan(ENCODER, encoder, options.settings))
-    if not options.encoder_only:
-        diffusion = listen(LOOPBACK, 0)
-        told["ZIMAGE_DIFFUSION_URL"] = diffusion.url
-        plans.append(ServicePlan(DIFFUSION, diffusion, options.settings))
-    plans.append(ServicePlan(GATEWAY, public, told))
-    return plans
+    if not settings.use_api_encoder:
+        plans.append(ServicePlan(ENCODER, listen(LOOPBACK, 0), told))
+    if not settings.encoder_only:
+        plans.append(ServicePlan(DIFFUSION, listen(LOOPBACK, 0), told))
+    urls = {f"ZIMAGE_{plan.name.upper()}_URL": plan.listener.url for plan in plans}
+    return [*plans, ServicePlan(GATEWAY, public, {**told, **urls})]

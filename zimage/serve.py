@@ -8,21 +8,22 @@ import structlog
 from rich.console import Console
 from rich.table import Table
 
+from services.gateway.settings import GatewaySettings
 from shared.logs import configure_logs
 from zimage.logbook import Logbook
-from zimage.plan import GATEWAY, ServeOptions, plan_services
+from zimage.plan import GATEWAY, plan_services
 from zimage.supervisor import Supervisor
 
 READY_TIMEOUT_S = 1800.0  # a large model on a slow disk
 log = structlog.get_logger(__name__)
 
 
-async def serve_until_stopped(options: ServeOptions, data_dir: Path) -> None:
+async def serve_until_stopped(settings: GatewaySettings, data_dir: Path) -> None:
     """Runs the planned services until SIGTERM or Ctrl-C. Raises CannotStart when they cannot run."""
-    configure_logs("supervisor")
+    configure_logs("supervisor", debug=settings.debug)
     console = Console(stderr=True)
     stop = _stop_event()
-    plans = plan_services(options)
+    plans = plan_services(settings)
     async with Supervisor(plans, Logbook(data_dir / "logs", echo=True)) as supervisor:
         console.print(_addresses(supervisor, data_dir))
         ready = asyncio.create_task(supervisor.wait_ready(READY_TIMEOUT_S))

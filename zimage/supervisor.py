@@ -69,7 +69,7 @@ class Supervisor:
         self._logbook.close()
 
     async def wait_ready(self, timeout_s: float) -> None:
-        """Returns once the gateway says that all is loaded. Raises CannotStart when a service gives up, or in the end."""
+        """Returns once the gateway says that all is loaded. Raises CannotStart if a service gives up, or in the end."""
         url = f"{self.urls[GATEWAY]}/health/ready"
         async with httpx2.AsyncClient(trust_env=False, timeout=2.0) as client:
             ready = asyncio.create_task(_poll(client, url))

@@ -34,7 +34,7 @@ def create_app(settings: DiffusionSettings, *, model: ZImageModel | None = None)
 
     engine = DiffusionEngine(
         partial(load_zimage, settings) if model is None else lambda: model,
-        max_waiting=settings.max_waiting,
+        max_waiting=settings.diffusion_max_waiting,
         png_compression=settings.png_compression,
         on_failure=fail,
     )

@@ -174,7 +174,7 @@ def load_zimage(settings: DiffusionSettings) -> ZImageModel:
 
 def _load(kind: Any, folder: Path, settings: DiffusionSettings) -> Any:
     require_weights(folder)
-    dtype = dtype_of(settings.dtype, checkpoint_dtype(folder))
+    dtype = dtype_of(settings.diffusion_dtype, checkpoint_dtype(folder))
     loaded = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
     return loaded.eval().requires_grad_(requires_grad=False)
 

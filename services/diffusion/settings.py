@@ -1,26 +1,43 @@
-"""What the diffusion service is told: `ZIMAGE_DIFFUSION_...`, and `ZIMAGE_...` for what the command line names."""
+"""What the diffusion service is told."""
 
-from pathlib import Path
-
-from pydantic import Field
-from pydantic_settings import SettingsConfigDict
-
-from shared.settings import DEFAULT_MAX_PIXELS, Device, Dtype, ServiceSettings
+from shared.settings import DEFAULT_MAX_PIXELS, Device, Dtype, ModelSettings, setting
 
 
-class DiffusionSettings(ServiceSettings):
+class DiffusionSettings(ModelSettings):
     """Settings of the diffusion service."""
 
-    model_config = SettingsConfigDict(env_prefix="ZIMAGE_DIFFUSION_")
+    diffusion_host: str = setting(
+        "127.0.0.1", key="diffusion.host", description="address that the diffusion service listens on"
+    )
+    diffusion_port: int = setting(
+        7864, key="diffusion.port", ge=0, le=65535, description="its port; 0 picks a free one"
+    )
+    dit_device: Device = setting(
+        Device.AUTO,
+        key="devices.dit",
+        panel="Model & device",
+        description="Device for the DiT transformer (cpu/cuda/mps/auto).",
+    )
+    vae_device: Device = setting(
+        Device.AUTO,
+        key="devices.vae",
+        panel="Model & device",
+        description="Device for the VAE (cpu/cuda/mps/auto).",
+    )
+    diffusion_dtype: Dtype = setting(
+        Dtype.AUTO, key="diffusion.dtype", description="number format of the weights; auto is the checkpoint's own"
+    )
+    max_pixels: int = setting(
+        DEFAULT_MAX_PIXELS, key="generation.max_pixels", ge=256, description="largest width x height of a picture"
+    )
+    diffusion_max_waiting: int = setting(
+        32, key="diffusion.max_waiting", ge=1, description="pictures that may wait; beyond it a request is refused"
+    )
+    png_compression: int = setting(
+        1, key="diffusion.png_compression", ge=0, le=9, description="zlib level of the PNG; 1 is quick, hardly larger"
+    )
 
-    model_path: Path | None = Field(
-        None, validation_alias="ZIMAGE_MODEL_PATH", description="a Z-Image directory with transformer, vae, scheduler"
-    )
-    dit_device: Device = Field(Device.AUTO, validation_alias="ZIMAGE_DIT_DEVICE", description="device for the DiT")
-    vae_device: Device = Field(Device.AUTO, validation_alias="ZIMAGE_VAE_DEVICE", description="device for the VAE")
-    dtype: Dtype = Field(Dtype.AUTO, description="number format of the weights; auto is the checkpoint's own")
-    max_pixels: int = Field(
-        DEFAULT_MAX_PIXELS, ge=256, validation_alias="ZIMAGE_MAX_PIXELS", description="width x height of a picture"
-    )
-    max_waiting: int = Field(32, ge=1, description="pictures that may wait; beyond it a request is refused")
-    png_compression: int = Field(1, ge=0, le=9, description="zlib level of the PNG; 1 is quick and hardly larger")
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port to listen on."""
+        return self.diffusion_host, self.diffusion_port

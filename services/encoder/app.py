@@ -34,10 +34,10 @@ def create_app(settings: EncoderSettings, *, model: TextEncoder | None = None) -
     engine = EncoderEngine(
         partial(load_text_encoder, settings) if model is None else lambda: model,
         Limits(
-            max_batch_tokens=settings.max_batch_tokens,
-            max_batch_texts=settings.max_batch_texts,
-            max_waiting=settings.max_waiting,
-            max_tokens=settings.max_tokens,
+            max_batch_tokens=settings.encoder_max_batch_tokens,
+            max_batch_texts=settings.encoder_max_batch_texts,
+            max_waiting=settings.encoder_max_waiting,
+            max_tokens=settings.encoder_max_tokens,
         ),
         on_failure=fail,
     )

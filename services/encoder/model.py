@@ -81,8 +81,8 @@ def load_text_encoder(settings: EncoderSettings) -> TextEncoder:
     root = require_parts(settings.model_path, "text_encoder", "tokenizer")
     folder = root / "text_encoder"
     require_weights(folder)
-    device = pick_device(settings.device)
-    dtype = dtype_of(settings.dtype, checkpoint_dtype(folder))
+    device = pick_device(settings.text_encoder_device)
+    dtype = dtype_of(settings.text_encoder_dtype, checkpoint_dtype(folder))
     model = Qwen3Model.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
     model = model.to(device).eval().requires_grad_(requires_grad=False)
     facts = ModelFacts(

@@ -1,26 +1,36 @@
-"""What the encoder is told: `ZIMAGE_ENCODER_...` for its own, `ZIMAGE_...` for what the command line calls the same."""
+"""What the encoder is told."""
 
-from pathlib import Path
-
-from pydantic import Field
-from pydantic_settings import SettingsConfigDict
-
-from shared.settings import Device, Dtype, ServiceSettings
+from shared.settings import Device, Dtype, ModelSettings, setting
 
 
-class EncoderSettings(ServiceSettings):
+class EncoderSettings(ModelSettings):
     """Settings of the encoder service."""
 
-    model_config = SettingsConfigDict(env_prefix="ZIMAGE_ENCODER_")
+    encoder_host: str = setting("127.0.0.1", key="encoder.host", description="address that the encoder listens on")
+    encoder_port: int = setting(7861, key="encoder.port", ge=0, le=65535, description="its port; 0 picks a free one")
+    text_encoder_device: Device = setting(
+        Device.AUTO,
+        key="devices.text_encoder",
+        panel="Model & device",
+        description="Device for the text encoder (cpu/cuda/mps/auto).",
+    )
+    text_encoder_dtype: Dtype = setting(
+        Dtype.AUTO, key="encoder.dtype", description="number format of the weights; auto is the checkpoint's own"
+    )
+    encoder_max_batch_tokens: int = setting(
+        4096, key="encoder.max_batch_tokens", ge=1, description="tokens, padding included, that share a forward"
+    )
+    encoder_max_batch_texts: int = setting(
+        64, key="encoder.max_batch_texts", ge=1, description="texts that share a forward"
+    )
+    encoder_max_waiting: int = setting(
+        512, key="encoder.max_waiting", ge=1, description="texts that may wait; beyond it a request is refused"
+    )
+    encoder_max_tokens: int = setting(
+        40_960, key="encoder.max_tokens", ge=1, description="tokens of one text; beyond it a request is refused"
+    )
 
-    model_path: Path | None = Field(
-        None, validation_alias="ZIMAGE_MODEL_PATH", description="a Z-Image directory with text_encoder and tokenizer"
-    )
-    device: Device = Field(
-        Device.AUTO, validation_alias="ZIMAGE_TEXT_ENCODER_DEVICE", description="device for the text encoder"
-    )
-    dtype: Dtype = Field(Dtype.AUTO, description="number format of the weights; auto is the checkpoint's own")
-    max_batch_tokens: int = Field(4096, ge=1, description="tokens, padding included, that share a forward")
-    max_batch_texts: int = Field(64, ge=1, description="texts that share a forward")
-    max_waiting: int = Field(512, ge=1, description="texts that may wait; beyond it a request is refused")
-    max_tokens: int = Field(40_960, ge=1, description="tokens of one text; beyond it a request is refused")
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port to listen on."""
+        return self.encoder_host, self.encoder_port

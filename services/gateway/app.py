@@ -6,7 +6,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 from fastapi import FastAPI
 
-from services.gateway.clients import DiffusionClient, EncoderClient
+from services.gateway.clients import ApiEncoderClient, DiffusionClient, Encoder, EncoderClient
 from services.gateway.engine import GatewayEngine
 from services.gateway.routes import generate, health, prompts
 from services.gateway.settings import GatewaySettings
@@ -23,20 +23,29 @@ MAX_PNG_BYTES = 64 << 20
 DESCRIPTION = "The public API of the Z-Image server: prompts in, pictures out."
 
 
-def create_app(settings: GatewaySettings) -> FastAPI:
-    """The app. Raises BrokenTemplate when the templates cannot be read."""
+def create_app(
+    settings: GatewaySettings, *, encoder: Encoder | None = None, diffusion: DiffusionClient | None = None
+) -> FastAPI:
+    """The app; with `encoder` or `diffusion` given those are used instead of what the settings name.
+
+    Raises BrokenTemplate when the templates cannot be read.
+    """
     metrics = Metrics("gateway")
     templates = load_templates(settings.templates_dir)
-    encoder = ServiceClient("encoder", str(settings.encoder_url), max_reply_bytes=MAX_EMBEDDINGS_BYTES)
-    diffusion = ServiceClient("diffusion", str(settings.diffusion_url), max_reply_bytes=MAX_PNG_BYTES)
-    watch = Watch({"encoder": encoder, "diffusion": diffusion})
-    engine = GatewayEngine(settings, templates, EncoderClient(encoder), DiffusionClient(diffusion))
+    encoder = encoder or _encoder(settings)
+    if diffusion is None and not settings.encoder_only:
+        diffusion = DiffusionClient(
+            ServiceClient("diffusion", str(settings.diffusion_url), max_reply_bytes=MAX_PNG_BYTES)
+        )
+    watch = Watch({"encoder": encoder} if diffusion is None else {"encoder": encoder, "diffusion": diffusion})
+    engine = GatewayEngine(settings, templates, encoder, diffusion)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[State]:
         async with AsyncExitStack() as stack:
-            await stack.enter_async_context(encoder)
-            await stack.enter_async_context(diffusion)
+            await stack.enter_async_context(encoder.service)
+            if diffusion is not None:
+                await stack.enter_async_context(diffusion.service)
             watching = asyncio.create_task(watch.run(), name="watch")
             yield State(engine=engine, watch=watch)
             watching.cancel()
@@ -51,3 +60,13 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         metrics=metrics,
         max_body_bytes=MAX_BODY_BYTES,
     )
+
+
+def _encoder(settings: GatewaySettings) -> Encoder:
+    if not settings.use_api_encoder:
+        return EncoderClient(ServiceClient("encoder", str(settings.encoder_url), max_reply_bytes=MAX_EMBEDDINGS_BYTES))
+    headers = {"authorization": f"Bearer {settings.api_key.get_secret_value()}"} if settings.api_key else None
+    service = ServiceClient(
+        "API encoder", str(settings.api_url), max_reply_bytes=2 * MAX_EMBEDDINGS_BYTES, headers=headers
+    )
+    return ApiEncoderClient(service, settings.api_model)

@@ -5,10 +5,10 @@ import time
 from dataclasses import dataclass
 from typing import TypeVar
 
-from services.gateway.clients import DiffusionClient, Embeddings, EncoderClient
+from services.gateway.clients import DiffusionClient, Embeddings, Encoder
 from services.gateway.settings import GatewaySettings
 from shared.chat import UNCONDITIONAL, format_prompt
-from shared.errors import InvalidField, UpstreamTimeout
+from shared.errors import InvalidField, Unready, UpstreamTimeout
 from shared.schemas.diffusion import DiffusionParameters
 from shared.schemas.public import EncodeRequest, GenerateRequest, PromptRequest
 from shared.templates import Templates
@@ -40,7 +40,7 @@ class GatewayEngine:
     """Orchestrates the services for one request at a time; holds no state of its own."""
 
     def __init__(
-        self, settings: GatewaySettings, templates: Templates, encoder: EncoderClient, diffusion: DiffusionClient
+        self, settings: GatewaySettings, templates: Templates, encoder: Encoder, diffusion: DiffusionClient | None
     ) -> None:
         self.templates = templates
         self._settings = settings
@@ -70,6 +70,8 @@ class GatewayEngine:
 
     async def generate(self, request: GenerateRequest) -> Generated:
         """A picture of a prompt, within the deadline that the settings name. Raises a ServiceError."""
+        if self._diffusion is None:
+            raise Unready("This server runs only the encoder (--encoder-only): it makes no pictures.")
         started = time.perf_counter()
         deadline = started + self._settings.generate_timeout_s
         formatted = self.format(request)

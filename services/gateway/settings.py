@@ -1,12 +1,13 @@
 """What the gateway is told: its address, where the services are, and the defaults of a request's fields."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Self
 
-from pydantic import AnyHttpUrl, Field, UrlConstraints, field_validator
+from pydantic import AnyHttpUrl, SecretStr, UrlConstraints, model_validator
+from pydantic_core import PydanticCustomError
 
 from shared.schemas.fields import GuidanceScale, HiddenLayer, LongPromptMode, Shift, Side, Steps
-from shared.settings import DEFAULT_MAX_PIXELS, ServiceSettings
+from shared.settings import DEFAULT_MAX_PIXELS, ServiceSettings, setting
 from shared.templates import DEFAULT_DIR
 
 ServiceUrl = Annotated[AnyHttpUrl, UrlConstraints(allowed_schemes=["http", "https"])]
@@ -15,36 +16,69 @@ ServiceUrl = Annotated[AnyHttpUrl, UrlConstraints(allowed_schemes=["http", "http
 class GatewaySettings(ServiceSettings):
     """Settings of the gateway."""
 
-    port: int = Field(7860, ge=0, le=65535, description="port to listen on; 0 picks a free one")
-    encoder_url: ServiceUrl = Field(AnyHttpUrl("http://127.0.0.1:7861"), description="base URL of the encoder")
-    diffusion_url: ServiceUrl = Field(
-        AnyHttpUrl("http://127.0.0.1:7864"), description="base URL of the diffusion service"
+    host: str = setting("127.0.0.1", key="server.host", panel="Server", description="Server host.")
+    port: int = setting(7860, key="server.port", panel="Server", ge=0, le=65535, description="Server port.")
+    encoder_only: bool = setting(
+        default=False, key="server.encoder_only", panel="Server", description="Load only the encoder (no DiT/VAE)."
     )
-    templates_dir: Path = Field(DEFAULT_DIR, description="folder of the templates")
-    width: Side = Field(1024, description="width of a picture that names none, in pixels")
-    height: Side = Field(1024, description="height of a picture that names none, in pixels")
-    steps: Steps = Field(9, description="denoising steps of a picture that names none")
-    guidance_scale: GuidanceScale = Field(0.0, description="guidance scale; 0 for Z-Image Turbo")
-    shift: Shift = Field(3.0, description="shift of the noise schedule")
-    long_prompt_mode: LongPromptMode = Field(
-        LongPromptMode.INTERPOLATE, description="how prompts beyond the text limit are fitted"
+    use_api_encoder: bool = setting(
+        default=False,
+        key="api.use_encoder",
+        panel="Server",
+        description="Use the API backend for encoding (local is default).",
     )
-    hidden_layer: HiddenLayer = Field(-2, description="hidden layer that the embeddings are read from")
-    max_pixels: int = Field(DEFAULT_MAX_PIXELS, ge=256, description="largest width x height of a picture")
-    encode_timeout_s: float = Field(120.0, gt=0, description="deadline of an encode")
-    generate_timeout_s: float = Field(600.0, gt=0, description="deadline of a picture, waiting included")
+    api_url: ServiceUrl | None = setting(
+        None, key="api.url", panel="API backend", description="URL of an API backend that serves /v1/hidden_states."
+    )
+    api_model: str | None = setting(
+        None, key="api.model", panel="API backend", description="Model ID for the API backend."
+    )
+    api_key: SecretStr | None = setting(None, key="", description="key of the API backend, sent as a bearer token")
+    encoder_url: ServiceUrl = setting(
+        AnyHttpUrl("http://127.0.0.1:7861"), key="encoder.url", description="base URL of the encoder"
+    )
+    diffusion_url: ServiceUrl = setting(
+        AnyHttpUrl("http://127.0.0.1:7864"), key="diffusion.url", description="base URL of the diffusion service"
+    )
+    templates_dir: Path = setting(DEFAULT_DIR, key="templates_dir", description="folder of the templates")
+    hidden_layer: HiddenLayer = setting(
+        -2,
+        key="generation.hidden_layer",
+        panel="Model & device",
+        description="Which hidden layer to extract embeddings from (-1=last, -2=penultimate).",
+    )
+    width: Side = setting(1024, key="generation.width", description="width of a picture that names none, in pixels")
+    height: Side = setting(1024, key="generation.height", description="height of a picture that names none, in pixels")
+    steps: Steps = setting(9, key="generation.steps", description="denoising steps of a picture that names none")
+    shift: Shift = setting(3.0, key="scheduler.shift", panel="Generation", description="Scheduler shift/mu parameter.")
+    guidance_scale: GuidanceScale = setting(
+        0.0, key="generation.guidance_scale", panel="Generation", description="CFG scale (0.0 for Z-Image Turbo)."
+    )
+    long_prompt_mode: LongPromptMode = setting(
+        LongPromptMode.INTERPOLATE,
+        key="generation.long_prompt_mode",
+        panel="Generation",
+        description="How to handle prompts beyond the text limit (1504 tokens for the published model).",
+    )
+    max_pixels: int = setting(
+        DEFAULT_MAX_PIXELS, key="generation.max_pixels", ge=256, description="largest width x height of a picture"
+    )
+    encode_timeout_s: float = setting(
+        120.0, key="server.encode_timeout_s", gt=0, description="deadline of an encode, in seconds"
+    )
+    generate_timeout_s: float = setting(
+        600.0, key="server.generate_timeout_s", gt=0, description="deadline of a picture, waiting included, in seconds"
+    )
 
-    @field_validator("width", "height", "steps", "guidance_scale", "shift", "hidden_layer", mode="before")
-    @classmethod
-    def _from_text(cls, value: Any) -> Any:
-        """The environment holds text, while the fields are as strict as those of a request."""
-        if not isinstance(value, str):
-            return value
-        try:
-            return int(value)
-        except ValueError:
-            pass
-        try:
-            return float(value)
-        except ValueError:
-            return value
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port to listen on."""
+        return self.host, self.port
+
+    @model_validator(mode="after")
+    def _api_encoder_has_a_url(self) -> Self:
+        if self.use_api_encoder and self.api_url is None:
+            raise PydanticCustomError(
+                "zimage_api_url", "--use-api-encoder needs the URL of a backend: give --api-url too"
+            )
+        return self

@@ -5,8 +5,7 @@ from collections.abc import Mapping
 
 import structlog
 
-from services.gateway.clients import probe
-from shared.client import ServiceClient
+from services.gateway.clients import BackEnd
 from shared.errors import Unready
 from shared.schemas.public import ServiceHealth
 
@@ -18,11 +17,11 @@ log = structlog.get_logger(__name__)
 class Watch:
     """Probes each service every `INTERVAL_S` seconds and remembers the answer."""
 
-    def __init__(self, services: Mapping[str, ServiceClient]) -> None:
-        self._services = services
+    def __init__(self, back_ends: Mapping[str, BackEnd]) -> None:
+        self._back_ends = back_ends
         self._health = {
-            name: ServiceHealth(status="starting", url=service.base_url, reason="it has not been asked yet")
-            for name, service in services.items()
+            name: ServiceHealth(status="starting", url=back_end.service.base_url, reason="it has not been asked yet")
+            for name, back_end in back_ends.items()
         }
 
     @property
@@ -32,17 +31,17 @@ class Watch:
 
     def is_ready(self, name: str) -> bool:
         """Whether the service was ready when it was last asked."""
-        return self._health[name].status == READY
+        return name in self._health and self._health[name].status == READY
 
     def unready_reason(self) -> str | None:
         """Which services are not ready, or None."""
-        waiting = [name for name in self._services if not self.is_ready(name)]
+        waiting = [name for name in self._back_ends if not self.is_ready(name)]
         return f"waiting for {' and '.join(waiting)}" if waiting else None
 
     async def run(self) -> None:
         """Probes until cancelled, every service on its own so that a silent one delays no other."""
         async with asyncio.TaskGroup() as tasks:
-            for name in self._services:
+            for name in self._back_ends:
                 tasks.create_task(self._follow(name))
 
     async def _follow(self, name: str) -> None:
@@ -51,14 +50,14 @@ class Watch:
             await asyncio.sleep(INTERVAL_S)
 
     async def _probe(self, name: str) -> None:
-        service = self._services[name]
-        error = await probe(service)
+        back_end = self._back_ends[name]
+        url, error = back_end.service.base_url, await back_end.probe()
         before = self._health[name].status
         if error is None:
-            health = ServiceHealth(status=READY, url=service.base_url)
+            health = ServiceHealth(status=READY, url=url)
         else:
             status = "starting" if isinstance(error, Unready) else "unreachable"
-            health = ServiceHealth(status=status, url=service.base_url, reason=error.detail)
+            health = ServiceHealth(status=status, url=url, reason=error.detail)
         self._health[name] = health
         if health.status != before:
             log.info("service changed", name=name, status=health.status, reason=health.reason)

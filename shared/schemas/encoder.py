@@ -2,14 +2,14 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field, Strict
+from pydantic import BaseModel, Field
 
 from shared.schemas.fields import HiddenLayer, Name, RequestModel, Text
 
 MAX_INPUTS = 64
 MAX_INPUT_CHARS = 4 * 32_000 + 1_000  # the four parts of a prompt and the marks between them
 
-Input = Annotated[str, Strict(), Field(min_length=1, max_length=MAX_INPUT_CHARS), *Text.__metadata__[2:]]
+Input = Annotated[str, Field(min_length=1, max_length=MAX_INPUT_CHARS), *Text.__metadata__[1:]]
 Inputs = Annotated[list[Input], Field(min_length=1, max_length=MAX_INPUTS)]
 
 
@@ -22,7 +22,7 @@ class HiddenStatesRequest(RequestModel):
     )
     model: Name | None = Field(None, description="Accepted for compatibility; a node serves one model.")
     layer: HiddenLayer = Field(-2, description="Which hidden states: -1 is the last layer's, after the final norm.")
-    max_length: Annotated[int, Strict(), Field(ge=1, le=1 << 20)] | None = Field(
+    max_length: Annotated[int, Field(ge=1, le=1 << 20)] | None = Field(
         None, description="Keep at most this many tokens from the start."
     )
     encoding_format: Literal["float", "base64"] = Field(

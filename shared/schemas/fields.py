@@ -4,7 +4,7 @@ from collections.abc import Callable
 from enum import StrEnum
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 MAX_PROMPT_CHARS = 32_000
@@ -29,7 +29,7 @@ class LongPromptMode(StrEnum):
 class RequestModel(BaseModel):
     """Base of request bodies: strict types, and a field that does not exist is an error, not ignored."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
 
 
 def _encodable(text: str) -> str:
@@ -59,15 +59,12 @@ def multiple_of(step: int) -> Callable[[int], int]:
     return check
 
 
-Text = Annotated[str, Strict(), Field(max_length=MAX_PROMPT_CHARS), AfterValidator(_encodable)]
+Text = Annotated[str, Field(max_length=MAX_PROMPT_CHARS), AfterValidator(_encodable)]
 Prompt = Annotated[Text, AfterValidator(_not_blank)]
-Name = Annotated[str, Strict(), Field(min_length=1, max_length=128), AfterValidator(_encodable)]
-Flag = Annotated[bool, Strict()]
-Side = Annotated[
-    int, Strict(), Field(ge=SIDE_MULTIPLE_PX, le=MAX_SIDE_PX), AfterValidator(multiple_of(SIDE_MULTIPLE_PX))
-]
-Steps = Annotated[int, Strict(), Field(ge=1, le=MAX_STEPS)]
-Seed = Annotated[int, Strict(), Field(ge=0, le=MAX_SEED)]
-GuidanceScale = Annotated[float, Strict(), Field(ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)]
-Shift = Annotated[float, Strict(), Field(gt=0, le=MAX_SHIFT, allow_inf_nan=False)]
-HiddenLayer = Annotated[int, Strict(), Field(ge=DEEPEST_LAYER, le=-1)]
+Name = Annotated[str, Field(min_length=1, max_length=128), AfterValidator(_encodable)]
+Side = Annotated[int, Field(ge=SIDE_MULTIPLE_PX, le=MAX_SIDE_PX), AfterValidator(multiple_of(SIDE_MULTIPLE_PX))]
+Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+GuidanceScale = Annotated[float, Field(ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)]
+Shift = Annotated[float, Field(gt=0, le=MAX_SHIFT, allow_inf_nan=False)]
+HiddenLayer = Annotated[int, Field(ge=DEEPEST_LAYER, le=-1)]

@@ -6,7 +6,6 @@ from pydantic import BaseModel, Field
 
 from shared.chat import Conversation
 from shared.schemas.fields import (
-    Flag,
     GuidanceScale,
     HiddenLayer,
     LongPromptMode,
@@ -32,8 +31,8 @@ class PromptRequest(RequestModel):
         examples=["Orange fur, green eyes."],
     )
     assistant_content: Text | None = Field(None, description="Content after `</think>`.", examples=[""])
-    force_think_block: Flag = Field(default=False, description="Add a think block even without content.")
-    strip_quotes: Flag = Field(default=False, description='Remove `"` from the prompt (for JSON inputs).')
+    force_think_block: bool = Field(default=False, description="Add a think block even without content.")
+    strip_quotes: bool = Field(default=False, description='Remove `"` from the prompt (for JSON inputs).')
     template: Name | None = Field(
         None, description="Name of a template; explicit fields win over it.", examples=["photorealistic"]
     )
@@ -70,7 +69,10 @@ class GenerateRequest(EncodeRequest):
     )
     shift: Shift | None = Field(None, description="Shift of the noise schedule. Default 3.", examples=[3.0])
     long_prompt_mode: LongPromptMode | None = Field(
-        None, description="How a prompt beyond the text limit is fitted. Default interpolate.", examples=["interpolate"]
+        None,
+        strict=False,
+        description="How a prompt beyond the text limit is fitted. Default interpolate.",
+        examples=["interpolate"],
     )
 
 

@@ -7,7 +7,7 @@ from shared.schemas.public import HealthAnswer, ServiceHealth
 
 router = APIRouter(tags=["health"])
 
-_ABSENT = ("rewriter", "vl")
+_ABSENT = ("diffusion", "rewriter", "vl")
 
 
 @router.get("/health", summary="Is everything loaded?")
@@ -15,10 +15,11 @@ async def health(services: Services) -> HealthAnswer:
     """Always answers 200; `status` is `healthy` when pictures can be made, else `starting` or `degraded`."""
     states = {state.status for state in services.health.values()}
     status = "healthy" if services.unready_reason() is None else "degraded" if "unreachable" in states else "starting"
+    absent = {name: ServiceHealth(status="not_configured") for name in _ABSENT}
     return HealthAnswer(
         status=status,
         pipeline_loaded=services.is_ready("diffusion"),
         encoder_loaded=services.is_ready("encoder"),
-        encoder_only_mode=False,
-        services={**services.health, **{name: ServiceHealth(status="not_configured") for name in _ABSENT}},
+        encoder_only_mode="diffusion" not in services.health,
+        services={**absent, **services.health},
     )
