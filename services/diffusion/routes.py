@@ -1,5 +1,6 @@
 """The diffusion service's endpoints: HTTP in, HTTP out."""
 
+import base64
 from functools import partial
 from typing import Annotated
 
@@ -23,7 +24,7 @@ from shared.errors import (
 )
 from shared.problems import request_id_of, responses
 from shared.requests import until_disconnected
-from shared.schemas.diffusion import DiffusionFacts, Queue, RunningPicture
+from shared.schemas.diffusion import THUMBNAIL_HEADER, DiffusionFacts, Queue, RunningPicture
 
 REFUSALS = responses(
     MalformedBody,
@@ -72,14 +73,18 @@ def require_tensors(request: Request) -> None:
 )
 async def generate(request: Request, engine: Engine, settings: Settings) -> Response:
     """Takes one safetensors body: the tensors `text` and, with guidance, `negative`, each [tokens, width], and the
-    parameters as JSON in the metadata entry `parameters`. A client that goes away stops its picture at the next step.
+    parameters as JSON in the metadata entry `parameters`. The header `X-Thumbnail` holds a small JPEG in base64. A client that goes away stops its picture at the next step.
     """
     engine.check_room()
     judge = partial(judge_header, facts=engine.facts, max_pixels=settings.max_pixels)
     message, header, parameters = await read_message(request.stream(), judge)
     work = engine.generate(PictureRequest(parameters, message, header, request_id_of(request)))
     picture = await until_disconnected(request, work)
-    return Response(picture.png, media_type="image/png", headers={"Server-Timing": server_timing(picture.timings)})
+    headers = {
+        "Server-Timing": server_timing(picture.timings),
+        THUMBNAIL_HEADER: base64.b64encode(picture.thumbnail).decode(),
+    }
+    return Response(picture.png, media_type="image/png", headers=headers)
 
 
 def server_timing(timings: Timings) -> str:

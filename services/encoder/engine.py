@@ -1,6 +1,7 @@
 """Batching of encodes: texts that wait together and are of about the same length share a forward. Knows no HTTP."""
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from services.encoder.model import ModelFacts, TextEncoder
 from shared.device_thread import DeviceThread
 from shared.errors import InternalError, InvalidField, QueueFull, ServiceError
 from shared.jobs import Job
+from shared.tensors import describe
 
 SHORTEST = 16  # tokens; texts below it count as this long when lengths are compared
 LENGTH_RATIO = 2.0  # texts share a forward when none is more than this many times as long as another
@@ -119,8 +121,11 @@ class EncoderEngine:
             log.exception("a batch could not be encoded", texts=len(batch))
             _fail_all(batch, InternalError("The text could not be encoded."))
         else:
-            log.debug("batch encoded", texts=len(batch), tokens=sum(len(job.ids) for job in batch))
             for job, item in zip(batch, states, strict=True):
+                if log.is_enabled_for(logging.DEBUG):
+                    log.debug(
+                        "encoded", tokens=len(job.ids), first_20_ids=job.ids[:20], layer=job.layer, **describe(item)
+                    )
                 job.resolve(Encoded(item, len(job.ids)))
         return True
 

@@ -9,8 +9,10 @@ from fastapi import FastAPI
 from services.gateway.clients import ApiEncoderClient, DiffusionClient, Encoder, EncoderClient
 from services.gateway.engine import GatewayEngine
 from services.gateway.routes import generate, health, prompts
+from services.gateway.routes import history as history_routes
 from services.gateway.settings import GatewaySettings
 from services.gateway.state import State
+from services.gateway.store import Bounds, History
 from services.gateway.watch import Watch
 from shared.client import ServiceClient
 from shared.health import Metrics
@@ -38,7 +40,8 @@ def create_app(
             ServiceClient("diffusion", str(settings.diffusion_url), max_reply_bytes=MAX_PNG_BYTES)
         )
     watch = Watch({"encoder": encoder} if diffusion is None else {"encoder": encoder, "diffusion": diffusion})
-    engine = GatewayEngine(settings, templates, encoder, diffusion)
+    history = _history(settings)
+    engine = GatewayEngine(settings, templates, encoder=encoder, diffusion=diffusion, history=history)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[State]:
@@ -46,8 +49,10 @@ def create_app(
             await stack.enter_async_context(encoder.service)
             if diffusion is not None:
                 await stack.enter_async_context(diffusion.service)
+            if history is not None:
+                await stack.enter_async_context(history)
             watching = asyncio.create_task(watch.run(), name="watch")
-            yield State(engine=engine, watch=watch)
+            yield State(engine=engine, watch=watch, history=history)
             watching.cancel()
             with suppress(asyncio.CancelledError):
                 await watching
@@ -55,11 +60,17 @@ def create_app(
     return create_service(
         description=DESCRIPTION,
         lifespan=lifespan,
-        routers=[generate.router, prompts.router, health.router],
+        routers=[generate.router, prompts.router, history_routes.router, health.router],
         readiness=watch.unready_reason,
         metrics=metrics,
         max_body_bytes=MAX_BODY_BYTES,
     )
+
+
+def _history(settings: GatewaySettings) -> History | None:
+    if settings.redis_url is None:
+        return None
+    return History(settings.redis_url, Bounds(settings.history_max_entries, settings.history_max_bytes))
 
 
 def _encoder(settings: GatewaySettings) -> Encoder:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from shared import wire
 from shared.client import Reply, ServiceClient
 from shared.errors import BadUpstream, ServiceError
-from shared.schemas.diffusion import NEGATIVE, PARAMETERS, TEXT, DiffusionParameters
+from shared.schemas.diffusion import NEGATIVE, PARAMETERS, TEXT, THUMBNAIL_HEADER, DiffusionParameters
 from shared.schemas.encoder import HiddenStates, Tokens
 from shared.wire import Header, TensorMeta, WireError
 
@@ -177,6 +177,14 @@ async def probe(service: ServiceClient, path: str = "/health/ready") -> ServiceE
     except ServiceError as error:
         return error
     return None
+
+
+def thumbnail_of(reply: Reply) -> bytes:
+    """The small JPEG that came with a picture, empty where there was none."""
+    try:
+        return base64.b64decode(reply.headers.get(THUMBNAIL_HEADER, ""), validate=True)
+    except binascii.Error:
+        return b""
 
 
 def _read_api_answer(body: bytes) -> Embeddings:

@@ -1,13 +1,19 @@
 """The gateway's use cases: format a prompt, encode it, make a picture of it. Knows no HTTP and no tensors."""
 
+import asyncio
 import secrets
 import time
 from dataclasses import dataclass
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
-from services.gateway.clients import DiffusionClient, Embeddings, Encoder
+from services.gateway.clients import DiffusionClient, Embeddings, Encoder, thumbnail_of
+from services.gateway.files import write_embeddings
+from services.gateway.pictures import with_parameters
 from services.gateway.settings import GatewaySettings
+from services.gateway.store import History
 from shared.chat import UNCONDITIONAL, format_prompt
+from shared.client import Reply
 from shared.errors import InvalidField, Unready, UpstreamTimeout
 from shared.schemas.diffusion import DiffusionParameters
 from shared.schemas.public import EncodeRequest, GenerateRequest, PromptRequest
@@ -34,18 +40,34 @@ class Generated:
     parameters: DiffusionParameters
     seconds: float
     server_timing: str
+    history_id: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """Embeddings that lie in a file."""
+
+    path: Path
+    encoded: Encoded
 
 
 class GatewayEngine:
     """Orchestrates the services for one request at a time; holds no state of its own."""
 
     def __init__(
-        self, settings: GatewaySettings, templates: Templates, encoder: Encoder, diffusion: DiffusionClient | None
+        self,
+        settings: GatewaySettings,
+        templates: Templates,
+        *,
+        encoder: Encoder,
+        diffusion: DiffusionClient | None = None,
+        history: History | None = None,
     ) -> None:
         self.templates = templates
         self._settings = settings
         self._encoder = encoder
         self._diffusion = diffusion
+        self._history = history
 
     def format(self, request: PromptRequest) -> str:
         """The text that the encoder will read. Raises UnknownName, InvalidField."""
@@ -78,16 +100,20 @@ class GatewayEngine:
         parameters = self.parameters(request)
         texts = [formatted, UNCONDITIONAL] if parameters.guidance_scale > 0 else [formatted]
         encode_timeout_s = min(self._settings.encode_timeout_s, self._settings.generate_timeout_s)
-        encoding = await self._encoder.encode(texts, layer=self._layer(request), timeout_s=encode_timeout_s)
+        layer = self._layer(request)
+        encoding = await self._encoder.encode(texts, layer=layer, timeout_s=encode_timeout_s)
         text, negative = encoding.items[0], (encoding.items[1] if len(texts) > 1 else None)
         left_s = deadline - time.perf_counter()
         if left_s <= 0:
             raise UpstreamTimeout(f"The picture was not ready within {self._settings.generate_timeout_s:g} s.")
         reply = await self._diffusion.generate(parameters, text, negative, timeout_s=left_s)
+        again = {**request.model_dump(mode="json"), **parameters.model_dump(mode="json"), "hidden_layer": layer}
+        png = with_parameters(reply.body, again)
         seconds = time.perf_counter() - started
+        history_id = await self._keep(again, seconds, png, reply)
         stages = (f"encode;dur={encoding.seconds * 1000:.2f}", reply.headers.get("server-timing", ""))
         timing = ", ".join(stage for stage in (*stages, f"total;dur={seconds * 1000:.2f}") if stage)
-        return Generated(reply.body, parameters, seconds, timing)
+        return Generated(png, parameters, seconds, timing, history_id)
 
     def parameters(self, request: GenerateRequest) -> DiffusionParameters:
         """The request's parameters with the server's defaults and a drawn seed where it names none.
@@ -108,6 +134,23 @@ class GatewayEngine:
         if pixels > defaults.max_pixels:
             raise InvalidField(f"'width' times 'height' must be at most {defaults.max_pixels} pixels, not {pixels}.")
         return parameters
+
+    async def save_embeddings(self, request: EncodeRequest) -> Saved:
+        """Writes the embeddings of a prompt to a file of the data directory. Raises a ServiceError."""
+        encoded = await self.encode(request)
+        path = await asyncio.to_thread(
+            write_embeddings,
+            self._settings.data_dir / "embeddings",
+            encoded.embeddings,
+            {"formatted_prompt": encoded.formatted_prompt, "hidden_layer": str(self._layer(request))},
+        )
+        return Saved(path, encoded)
+
+    async def _keep(self, again: dict[str, Any], seconds: float, png: bytes, reply: Reply) -> int | None:
+        if self._history is None:
+            return None
+        entry = {"timestamp": time.time(), **again, "gen_time": round(seconds, 3)}
+        return await self._history.add(entry, png, thumbnail_of(reply))
 
     def _layer(self, request: EncodeRequest) -> int:
         return _or(request.hidden_layer, self._settings.hidden_layer)

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Self
 
+from platformdirs import user_data_path
 from pydantic import AnyHttpUrl, SecretStr, UrlConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
@@ -39,6 +40,24 @@ class GatewaySettings(ServiceSettings):
     )
     diffusion_url: ServiceUrl = setting(
         AnyHttpUrl("http://127.0.0.1:7864"), key="diffusion.url", description="base URL of the diffusion service"
+    )
+    redis_url: str | None = setting(
+        None,
+        key="redis.url",
+        panel="Server",
+        description="Redis that keeps the history; without one the server runs its own in the data directory.",
+    )
+    history_max_entries: int = setting(
+        1000, key="history.max_entries", ge=1, description="pictures that the history keeps; the oldest goes first"
+    )
+    history_max_bytes: int = setting(
+        1 << 30, key="history.max_bytes", ge=1 << 20, description="bytes that the history keeps, pictures included"
+    )
+    data_dir: Path = setting(
+        user_data_path("zimage", appauthor=False),
+        key="data_dir",
+        panel="Server",
+        description="Folder for everything that is written: history, logs, pictures, embeddings.",
     )
     templates_dir: Path = setting(DEFAULT_DIR, key="templates_dir", description="folder of the templates")
     hidden_layer: HiddenLayer = setting(

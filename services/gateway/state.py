@@ -5,7 +5,9 @@ from typing import Annotated, TypedDict
 from fastapi import Depends, Request
 
 from services.gateway.engine import GatewayEngine
+from services.gateway.store import History
 from services.gateway.watch import Watch
+from shared.errors import Unready
 
 
 class State(TypedDict):
@@ -13,6 +15,7 @@ class State(TypedDict):
 
     engine: GatewayEngine
     watch: Watch
+    history: History | None
 
 
 def _engine(request: Request) -> GatewayEngine:
@@ -25,5 +28,13 @@ def _watch(request: Request) -> Watch:
     return watch
 
 
+def _history(request: Request) -> History:
+    history: History | None = request.state.history
+    if history is None:
+        raise Unready("This server keeps no history: it was started without Redis.")
+    return history
+
+
+Kept = Annotated[History, Depends(_history)]
 Engine = Annotated[GatewayEngine, Depends(_engine)]
 Services = Annotated[Watch, Depends(_watch)]

@@ -10,6 +10,10 @@ PARAMETERS = "parameters"
 """Names of the tensors, each [tokens, width], and of the metadata entry that holds `DiffusionParameters` as JSON."""
 
 
+THUMBNAIL_HEADER = "X-Thumbnail"
+"""A small JPEG of the picture in base64, some kilobytes."""
+
+
 class DiffusionParameters(RequestModel):
     """Everything but the embeddings that determines a picture; nothing has a default: the gateway decides."""
 

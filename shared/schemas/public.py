@@ -89,6 +89,17 @@ class EncodeAnswer(BaseModel):
     )
 
 
+class SaveAnswer(BaseModel):
+    """`POST /api/save-embeddings`."""
+
+    path: str = Field(
+        description="The file, on the gateway's machine.",
+        examples=["/data/embeddings/embeddings_3f1c0a5b7d2e.safetensors"],
+    )
+    shape: list[int] = Field(examples=[[10, 2560]])
+    encode_time: float = Field(description="Seconds.", examples=[0.123])
+
+
 class FormatAnswer(BaseModel):
     """`POST /api/format-prompt`: the text as the encoder reads it, its size, and the request again."""
 
@@ -148,6 +159,50 @@ class HealthAnswer(BaseModel):
     encoder_loaded: bool
     encoder_only_mode: bool
     services: dict[str, ServiceHealth]
+
+
+class HistoryEntry(BaseModel):
+    """One picture of the history: the request that makes it again, when it was made and how long that took."""
+
+    id: int
+    timestamp: float = Field(description="Seconds since 1970.", examples=[1733285000.0])
+    prompt: str
+    system_prompt: str | None
+    thinking_content: str | None
+    assistant_content: str | None
+    force_think_block: bool
+    strip_quotes: bool
+    width: int
+    height: int
+    steps: int
+    seed: int = Field(description="The seed that was used, also when it was drawn.")
+    template: str | None
+    guidance_scale: float
+    shift: float
+    long_prompt_mode: LongPromptMode
+    hidden_layer: int
+    gen_time: float = Field(description="Seconds.", examples=[12.5])
+    image_b64: str | None = Field(default=None, description="The PNG, with images=full.")
+    thumb_b64: str | None = Field(default=None, description="A small JPEG, with images=thumb.")
+
+
+class HistoryAnswer(BaseModel):
+    """`GET /api/history`: oldest first."""
+
+    history: list[HistoryEntry]
+
+
+class DeletedAnswer(BaseModel):
+    """`DELETE /api/history/{index}`."""
+
+    deleted: HistoryEntry
+    remaining: int = Field(examples=[4])
+
+
+class ClearedAnswer(BaseModel):
+    """`DELETE /api/history`."""
+
+    cleared: int = Field(examples=[5])
 
 
 GENERATE_EXAMPLES: dict[str, Any] = {

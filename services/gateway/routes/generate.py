@@ -17,6 +17,8 @@ _PICTURE = {
     "headers": {
         "X-Generation-Time": {"description": "Seconds from the request to the picture.", "schema": {"type": "number"}},
         "X-Seed": {"description": "The seed that was used, also when it was drawn.", "schema": {"type": "integer"}},
+        "X-History-Id": {"description": "Id of the picture in the history.", "schema": {"type": "integer"}},
+        "X-History": {"description": "`unsaved` when the history could not be written.", "schema": {"type": "string"}},
         "Server-Timing": {"description": "Milliseconds of each stage.", "schema": {"type": "string"}},
     },
 }
@@ -38,5 +40,6 @@ async def generate(
         "X-Generation-Time": f"{made.seconds:.3f}",
         "X-Seed": str(made.parameters.seed),
         "Server-Timing": made.server_timing,
+        **({"X-History": "unsaved"} if made.history_id is None else {"X-History-Id": str(made.history_id)}),
     }
     return Response(made.png, media_type="image/png", headers=headers)

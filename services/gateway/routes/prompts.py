@@ -15,6 +15,7 @@ from shared.schemas.public import (
     PromptRequest,
     RewriterEntry,
     RewriterList,
+    SaveAnswer,
     TemplateEntry,
     TemplateList,
 )
@@ -37,6 +38,24 @@ async def encode(
         token_count=encoded.embeddings.tokens,
         prompt=body.prompt,
         formatted_prompt=encoded.formatted_prompt,
+    )
+
+
+@router.post(
+    "/save-embeddings",
+    summary="Embeddings of a prompt, in a file",
+    dependencies=[Depends(require_json)],
+    responses=ENCODE,
+)
+async def save_embeddings(
+    body: Annotated[EncodeRequest, Body(openapi_examples=PROMPT_EXAMPLES)], request: Request, engine: Engine
+) -> SaveAnswer:
+    """Encodes a prompt and writes the tensor `embeddings` to a safetensors file in the gateway's data directory."""
+    saved = await until_disconnected(request, engine.save_embeddings(body))
+    return SaveAnswer(
+        path=str(saved.path),
+        shape=list(saved.encoded.embeddings.shape),
+        encode_time=round(saved.encoded.seconds, 6),
     )
 
 

@@ -1,0 +1,94 @@
+"""The history of pictures."""
+
+import base64
+import json
+from collections.abc import AsyncIterator
+from enum import StrEnum
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Query, Response
+from fastapi.responses import StreamingResponse
+
+from services.gateway.state import Kept
+from services.gateway.store import Row
+from shared.errors import InvalidField, UnknownName, Unreachable, Unready
+from shared.problems import responses
+from shared.schemas.public import ClearedAnswer, DeletedAnswer, HistoryAnswer, HistoryEntry
+
+MAX_LIMIT = 10_000
+router = APIRouter(prefix="/api/history", tags=["history"])
+AWAY = responses(InvalidField, Unready, Unreachable)
+
+
+class Images(StrEnum):
+    """Which picture comes with each entry."""
+
+    NONE = "none"
+    THUMB = "thumb"
+    FULL = "full"
+
+
+_FIELDS = {Images.FULL: "image_b64", Images.THUMB: "thumb_b64"}
+
+
+@router.get("", summary="What was made", response_model=HistoryAnswer, responses=AWAY)
+async def history(
+    kept: Kept,
+    limit: Annotated[int | None, Query(ge=0, le=MAX_LIMIT, description="At most this many entries.")] = None,
+    offset: Annotated[int, Query(ge=0, description="Leave out this many of the oldest.")] = 0,
+    images: Annotated[Images, Query(description="Whether entries carry a picture; `none` is quick.")] = Images.FULL,
+) -> Response:
+    """Oldest first, so that an entry keeps its index while others are added. `X-Total-Count` counts all entries."""
+    total = await kept.count()
+    rows = kept.entries(offset=offset, limit=limit, images=images)
+    first = await anext(rows, None)  # what cannot be read is refused before the answer begins
+    return StreamingResponse(
+        _as_json(first, rows, _FIELDS.get(images)),
+        media_type="application/json",
+        headers={"X-Total-Count": str(total)},
+    )
+
+
+@router.get(
+    "/{entry_id}/image",
+    summary="The PNG of an entry",
+    response_class=Response,
+    responses={**AWAY, **responses(UnknownName), 200: {"content": {"image/png": {}}, "description": "The picture."}},
+)
+async def image(kept: Kept, entry_id: Annotated[int, Path(ge=0)]) -> Response:
+    """By the entry's id, which never changes and is never used again."""
+    return Response(
+        await kept.image(entry_id),
+        media_type="image/png",
+        headers={"Cache-Control": "private, max-age=86400, immutable"},
+    )
+
+
+@router.delete("/{index}", summary="Delete one entry", responses={**AWAY, **responses(UnknownName)})
+async def delete(kept: Kept, index: Annotated[int, Path(ge=0, le=2**53)]) -> DeletedAnswer:
+    """By its place in the list, 0 being the oldest."""
+    deleted = await kept.delete(index)
+    return DeletedAnswer(deleted=HistoryEntry.model_validate(deleted.entry), remaining=deleted.remaining)
+
+
+@router.delete("", summary="Delete every entry", responses=AWAY)
+async def clear(kept: Kept) -> ClearedAnswer:
+    """Ids go on counting from where they were."""
+    return ClearedAnswer(cleared=await kept.clear())
+
+
+async def _as_json(first: Row | None, rows: AsyncIterator[Row], image_field: str | None) -> AsyncIterator[str]:
+    yield '{"history":['
+    if first is not None:
+        yield _entry(first, image_field)
+        async for row in rows:
+            yield "," + _entry(row, image_field)
+    yield "]}"
+
+
+def _entry(row: Row, image_field: str | None) -> str:
+    entry, picture = row
+    text = json.dumps(entry, separators=(",", ":"))
+    if image_field is None or picture is None:
+        return text
+    return f'{text[:-1]},"{image_field}":"{base64.b64encode(picture).decode()}"}}'

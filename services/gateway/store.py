@@ -1,0 +1,186 @@
+"""History in Redis: entries, pictures and thumbnails apart from one another, changed by atomic scripts only.
+
+An entry's id is drawn from a counter that nothing resets, so no id is ever used twice. The index of an entry is its
+place among those that are left, oldest first: what is added later never moves it.
+"""
+
+import asyncio
+import json
+import secrets
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Self
+
+import structlog
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from services.gateway.scripts import ADD, CLEAR, DELETE
+from shared.errors import UnknownName, Unreachable
+
+PREFIX = "{zimage}:history:"  # the braces keep the keys together on a Redis cluster
+CONNECT_TIMEOUT_S = 1.0
+ANSWER_TIMEOUT_S = 5.0
+PING_INTERVAL_S = 0.5
+ADD_WINDOW_S = 6.0  # how long an entry is tried again when Redis goes away within its writing
+ADD_PAUSE_S = 0.2
+READ_AT_ONCE = 16
+
+_AWAY = (RedisConnectionError, RedisTimeoutError, OSError)
+Row = tuple[dict[str, Any], bytes | None]
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How much history is kept; the oldest goes first. At least one entry always stays."""
+
+    max_entries: int
+    max_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Deleted:
+    """What `delete` removed, and how many entries are left."""
+
+    entry: dict[str, Any]
+    remaining: int
+
+
+class History:
+    """Pictures that were made, newest last, with what made them."""
+
+    def __init__(self, url: str, bounds: Bounds) -> None:
+        self._bounds = bounds
+        self._redis: Redis = Redis.from_url(
+            url,
+            socket_connect_timeout=CONNECT_TIMEOUT_S,
+            socket_timeout=ANSWER_TIMEOUT_S,
+            retry=Retry(NoBackoff(), 0),
+            max_connections=64,
+        )
+        self._add, self._delete, self._clear = (self._redis.register_script(text) for text in (ADD, DELETE, CLEAR))
+        self._here = True
+
+    async def __aenter__(self) -> Self:
+        """Starts to watch whether Redis is there."""
+        self._watching = asyncio.create_task(self._watch(), name="history")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Closes every connection."""
+        self._watching.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._watching
+        await self._redis.aclose()
+
+    @property
+    def is_here(self) -> bool:
+        """Whether Redis answered when it was last asked."""
+        return self._here
+
+    async def add(self, entry: Mapping[str, Any], png: bytes, thumbnail: bytes) -> int | None:
+        """Keeps a picture and answers its id once Redis has it on disk; None when Redis is away.
+
+        An answer that got lost is asked for again under the same token, so that a picture is kept exactly once.
+        """
+        if not self._here:
+            return None
+        token = secrets.token_hex(16)
+        arguments = [json.dumps(entry), png, thumbnail, token, self._bounds.max_entries, self._bounds.max_bytes]
+        try:
+            async with asyncio.timeout(ADD_WINDOW_S):
+                return await self._add_until_answered(arguments)
+        except TimeoutError:
+            self._here = False
+        except RedisError as error:
+            log.error("history could not be written", reason=type(error).__name__)  # noqa: TRY400 - known and told
+        return None
+
+    async def count(self) -> int:
+        """How many entries there are. Raises Unreachable."""
+        async with _told():
+            return int(await self._redis.zcard(f"{PREFIX}index"))
+
+    async def entries(self, *, offset: int = 0, limit: int | None = None, images: str = "none") -> AsyncIterator[Row]:
+        """Entries from `offset` on, oldest first; `images` "full" or "thumb" adds those bytes to each.
+
+        Yields (entry, bytes or None), read a few at a time, so that a long history needs little memory.
+        """
+        last = -1 if limit is None else offset + limit - 1
+        if limit == 0:
+            return
+        async with _told():
+            ids = [int(item) for item in await self._redis.zrange(f"{PREFIX}index", offset, last)]  # type: ignore[arg-type]
+        for start in range(0, len(ids), READ_AT_ONCE):
+            for pair in await self._read(ids[start : start + READ_AT_ONCE], images):
+                yield pair
+
+    async def image(self, entry_id: int) -> bytes:
+        """The PNG of an entry. Raises UnknownName, Unreachable."""
+        async with _told():
+            png: Any = await self._redis.get(f"{PREFIX}image:{entry_id}")
+        if png is None:
+            raise UnknownName("There is no picture with that id in the history.")
+        return bytes(png)
+
+    async def delete(self, index: int) -> Deleted:
+        """Removes the entry at that place. Raises UnknownName, Unreachable."""
+        async with _told():
+            found = await self._delete(keys=[PREFIX], args=[index])
+        if found is None:
+            raise UnknownName("There is no history entry with that index.")
+        entry_id, text, remaining = found
+        return Deleted({"id": int(entry_id), **json.loads(text)}, int(remaining))
+
+    async def clear(self) -> int:
+        """Removes every entry and answers how many there were. Raises Unreachable."""
+        async with _told():
+            return int(await self._clear(keys=[PREFIX], args=[]))
+
+    async def _add_until_answered(self, arguments: Sequence[Any]) -> int:
+        while True:
+            try:
+                return int(await self._add(keys=[PREFIX], args=arguments))
+            except _AWAY:
+                await asyncio.sleep(ADD_PAUSE_S)
+
+    async def _read(self, ids: Sequence[int], images: str) -> list[Row]:
+        pictures: Sequence[Any] = [None] * len(ids)
+        async with _told():
+            texts = await self._redis.mget([f"{PREFIX}entry:{number}" for number in ids])
+            if images != "none":
+                kind = "image" if images == "full" else "thumb"
+                pictures = await self._redis.mget([f"{PREFIX}{kind}:{number}" for number in ids])
+        return [
+            ({"id": number, **json.loads(text)}, picture)
+            for number, text, picture in zip(ids, texts, pictures, strict=True)
+            if text is not None  # deleted in the meantime
+        ]
+
+    async def _watch(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                    await self._redis.ping()
+                here = True
+            except (*_AWAY, RedisError, TimeoutError):
+                here = False
+            if here != self._here:
+                log.warning("Redis is back" if here else "Redis is away: pictures are made but not kept")
+            self._here = here
+            await asyncio.sleep(PING_INTERVAL_S)
+
+
+@asynccontextmanager
+async def _told() -> AsyncIterator[None]:
+    """Tells a client that history cannot be reached, without the text of a library."""
+    try:
+        yield
+    except (*_AWAY, RedisError):
+        raise Unreachable("The history cannot be reached; pictures are still made.", retry_after_s=2) from None

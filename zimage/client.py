@@ -1,0 +1,113 @@
+"""A client of a running Z-Image server: asks for one picture, or says in one sentence why there is none.
+
+It knows no terminal: `zimage generate` and `zimage demo` show what it does.
+"""
+
+import asyncio
+import ipaddress
+import json
+import struct
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx2
+
+from zimage.plan import CannotStart
+
+CONNECT_TIMEOUT_S = 10.0
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_IHDR = struct.Struct(">8x4x4xII")  # signature, length and name of the first chunk, width, height
+
+
+class NoPicture(CannotStart):
+    """No picture came, or it could not be kept; the text is one sentence for the user."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Picture:
+    """A picture as the server sent it: `seconds` from the request to its last byte, `server_timing` in milliseconds."""
+
+    png: bytes
+    seed: str
+    seconds: float
+    server_timing: str
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        width, height = _IHDR.unpack_from(self.png)
+        return width, height
+
+
+async def request_picture(url: str, fields: Mapping[str, Any], *, timeout_s: float) -> Picture:
+    """Asks the server at `url` for the picture that `fields` of `POST /api/generate` describe. Raises NoPicture.
+
+    The server checks the fields: what it refuses comes back in its words. Cancelling closes the connection, which
+    stops the server's work on the picture.
+    """
+    base = _base_url(url)
+    started = time.perf_counter()
+    try:
+        async with asyncio.timeout(timeout_s), _http(base) as http:
+            response = await http.post(
+                "/api/generate", content=json.dumps(fields), headers={"content-type": "application/json"}
+            )
+    except TimeoutError:
+        raise NoPicture(f"no picture came from {base} within {timeout_s:g} s: give it longer with --timeout") from None
+    except (httpx2.ConnectError, httpx2.ConnectTimeout):
+        raise NoPicture(
+            f"no server answers at {base}: start one with `zimage serve --model-path FOLDER`, or name one with --url"
+        ) from None
+    except httpx2.TransportError:
+        raise NoPicture(f"the server at {base} closed the connection before the picture was done") from None
+    seconds = time.perf_counter() - started
+    if not response.is_success:
+        raise NoPicture(_refusal(response, base))
+    if not response.content.startswith(PNG_SIGNATURE) or len(response.content) < _IHDR.size:
+        raise NoPicture(f"{base} answered, but not with a picture: is it a Z-Image server?")
+    return Picture(
+        png=response.content,
+        seed=response.headers.get("x-seed", "unknown"),
+        seconds=seconds,
+        server_timing=response.headers.get("server-timing", ""),
+    )
+
+
+def _base_url(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        usable = False
+    if not usable:
+        raise NoPicture(f"'{url}' is not the address of a server, which is written like http://127.0.0.1:7860")
+    return url.rstrip("/")
+
+
+def _http(base: str) -> httpx2.AsyncClient:
+    timeout = httpx2.Timeout(None, connect=CONNECT_TIMEOUT_S)  # the deadline of the whole is the caller's
+    return httpx2.AsyncClient(base_url=base, timeout=timeout, trust_env=not _is_loopback(base))
+
+
+def _is_loopback(base: str) -> bool:
+    """Whether the server is on this machine, where the proxies that the environment may name don't reach."""
+    host = urlsplit(base).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _refusal(response: httpx2.Response, base: str) -> str:
+    """The sentence of a refusal that is a problem (RFC 9457), or one that says that it is none."""
+    try:
+        detail = response.json()["detail"]
+    except (ValueError, KeyError, TypeError):
+        detail = None
+    if not isinstance(detail, str) or not detail:
+        return f"{base} answered with status {response.status_code}, as no Z-Image server does: check --url"
+    retry_after = response.headers.get("retry-after", "")
+    return f"{detail} Try again in {retry_after} s." if retry_after.isdigit() else detail
