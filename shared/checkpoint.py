@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shared.wire import Header, WireError, header_bytes, parse_header
+from shared.wire import ITEM_BYTES, Header, WireError, header_bytes, parse_header
 
 _FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 
@@ -61,6 +61,15 @@ def checkpoint_dtype(folder: Path) -> str:
             if tensor.dtype in _FLOATS:
                 count[_FLOATS[tensor.dtype]] += tensor.nbytes
     return count.most_common(1)[0][0] if count else "float32"
+
+
+def weight_bytes(folder: Path, float_bytes: int) -> int:
+    """Bytes that a folder's weights take once loaded, each floating-point number in `float_bytes`. Raises UnusableModel."""
+    return sum(
+        tensor.nbytes // ITEM_BYTES[tensor.dtype] * (float_bytes if tensor.dtype in _FLOATS else ITEM_BYTES[tensor.dtype])
+        for header in weight_headers(folder)
+        for tensor in header.tensors
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

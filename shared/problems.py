@@ -112,6 +112,7 @@ _SENTENCES: Mapping[str, str] = {
     "missing": "is required",
     "extra_forbidden": "is not a field of this request",
     "string_type": "must be a string",
+    "string_unicode": "must not contain half of a surrogate pair",
     "string_too_short": "must have at least {min_length} characters",
     "string_too_long": "must have at most {max_length} characters",
     "int_type": "must be a whole number",
@@ -147,7 +148,7 @@ def _from_validation(errors: Sequence[Any]) -> ServiceError:
 
 
 def _sentence(error: Mapping[str, Any]) -> str:
-    location = [str(part) for part in error["loc"] if part not in ("body", "query", "path")]
+    location = [str(part) for part in error["loc"][1:]]  # the first part says where: body, query or path
     field = f"'{location[0][:64]}'" if location else "The request body"
     if error["type"].startswith("zimage_"):  # raised by shared.schemas: the text is ours
         return f"{field} {error['msg']}."

@@ -86,7 +86,7 @@ def _read_folder(folder: Path) -> Iterator[Template]:
 def _read(path: Path) -> Template:
     try:
         post = frontmatter.load(str(path))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, TypeError, yaml.YAMLError) as error:  # TypeError: a key that is no text
         raise BrokenTemplate(f"{path}: the front matter cannot be read: {error}") from error
     fields = post.metadata
     for key, value in fields.items():

@@ -1,6 +1,7 @@
 """The only torch in `shared`: picks devices and dtypes, and turns tensors into safetensors bytes and back uncopied."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ def data_of(tensor: torch.Tensor) -> memoryview:
 
 
 def describe(tensor: torch.Tensor) -> dict[str, Any]:
-    """What `--debug` prints of embeddings, to compare two back ends: shape, dtype, statistics, first and last values."""
+    """What `--debug` prints of embeddings, to compare two back ends: shape, dtype, statistics, some values."""
     numbers = tensor.detach().to("cpu", torch.float32)
     values = numbers.reshape(-1)
     return {
@@ -89,3 +90,42 @@ def dtype_of(wanted: Dtype, checkpoint: str) -> torch.dtype:
     """
     name = checkpoint if wanted is Dtype.AUTO else wanted.value
     return {"float32": torch.float32, "float64": torch.float32}.get(name, torch.bfloat16)
+
+
+def require_memory(device: torch.device, needed: int, *, what: str, advice: str) -> None:
+    """Raises UnusableModel when the device has fewer than `needed` bytes free; `advice` says what to do instead."""
+    free = free_memory(device)
+    if free is not None and needed > free:
+        raise UnusableModel(
+            f"{what} takes {needed / 1e9:.1f} GB, but the device '{device}' has only {free / 1e9:.1f} GB free: {advice}"
+        )
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be allocated on the device, None where that cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return host_memory()
+
+
+def host_memory(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes of main memory that a process can still have on Linux: what the machine has and its container allows."""
+    free = _fields(meminfo).get("MemAvailable:")
+    if free is None:
+        return None
+    try:
+        limit, used = (int((cgroup / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # no container, no version 2 of control groups, or no limit ("max")
+        return free * 1024
+    cache = _fields(cgroup / "memory.stat")  # files that the kernel drops from memory when it needs it
+    return min(free * 1024, limit - used + cache.get("inactive_file", 0) + cache.get("active_file", 0))
+
+
+def _fields(table: Path) -> dict[str, int]:
+    try:
+        lines = [line.split() for line in table.read_text().splitlines()]
+    except OSError:
+        return {}
+    return {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdigit()}

@@ -16,9 +16,9 @@ from rich.table import Table
 from services.gateway.settings import GatewaySettings
 from shared.checkpoint import UnusableModel, require_parts
 from shared.settings import DEFAULT_PROFILE, Device, ModelSettings, ServiceSettings
-from zimage.download import Published
 from zimage.flags import check_configuration, in_force, set_environment, with_flags
 from zimage.plan import DIFFUSION, ENCODER, CannotStart
+from zimage.published import Published
 from zimage.serve import serve_until_stopped
 
 app = typer.Typer(

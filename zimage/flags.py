@@ -2,6 +2,7 @@
 there, once. Also tells what is in force and where each value comes from."""
 
 import inspect
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -69,7 +70,9 @@ def with_flags(command: Callable[..., None]) -> Callable[..., None]:
 def set_environment(flags: Mapping[str, Any]) -> None:
     """Puts the flags that were given into this process's environment, which the services inherit."""
     for name, value in flags.items():
-        if value is not None:
+        if isinstance(value, list):  # of a flag that may be repeated; a comma may stand in its values
+            os.environ[variable_of(name)] = json.dumps(value)
+        elif value is not None:
             os.environ[variable_of(name)] = str(value.resolve()) if isinstance(value, Path) else str(value)
 
 
@@ -102,7 +105,7 @@ def _option(name: str, field: FieldInfo) -> inspect.Parameter:
     flag = f"--{name.replace('_', '-')}"
     kind = _flag_type(field)
     default = field.default.value if isinstance(field.default, Enum) else field.default
-    shown = "" if default in (None, False) else f" Default: {default}."
+    shown = "" if default in (None, False, ()) else f" Default: {default}."
     option = typer.Option(flag, help=f"{field.description}{shown}", rich_help_panel=panel_of(field))
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
@@ -111,6 +114,8 @@ def _option(name: str, field: FieldInfo) -> inspect.Parameter:
 
 def _flag_type(field: FieldInfo) -> Any:
     kind = field.annotation
+    if get_origin(kind) is tuple:  # a flag that may be repeated
+        return list[str]
     if isinstance(kind, UnionType) or get_origin(kind) is not None:
         kind = next(item for item in get_args(kind) if item is not type(None))
     if get_origin(kind) is Annotated:

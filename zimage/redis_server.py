@@ -85,7 +85,7 @@ def _command(binary: str, folder: Path, path: Path) -> list[str]:
         binary,
         *("--port", "0", "--unixsocket", str(path), "--unixsocketperm", "700"),
         *("--dir", str(folder.resolve()), "--appendonly", "yes", "--appendfsync", "always", "--save", ""),
-        *("--maxmemory-policy", "noeviction", "--daemonize", "no", "--loglevel", "notice"),
+        *("--maxmemory-policy", "noeviction", "--set-proc-title", "no", "--loglevel", "notice"),
     ]
 
 
@@ -106,11 +106,11 @@ def _when_supervisor_ends(act: Callable[[], object]) -> None:
 
 
 def _guard_adopted(path: Path) -> int:
-    sys.stderr.write("a Redis server of this data directory is running already: using it\n")
     stopping = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())
     signal.signal(signal.SIGINT, lambda *_: stopping.set())
     _when_supervisor_ends(stopping.set)
+    sys.stderr.write("a Redis server of this data directory is running already: using it\n")
     while answers(path):
         if stopping.wait(ADOPTED_POLL_S):
             return _shut_down(path)

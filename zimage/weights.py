@@ -1,5 +1,6 @@
 """Looks at the weights of one folder of a model without loading them: how much there is, and whether it is whole."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ def read_weights(folder: Path) -> Weights:
     tensors = [tensor for header in headers for tensor in header.tensors]
     return Weights(
         files=len(headers),
-        numbers=sum(tensor.count for tensor in tensors),
+        numbers=sum(math.prod(tensor.shape) for tensor in tensors),
         stored_bytes=sum(tensor.nbytes for tensor in tensors),
         dtype=checkpoint_dtype(folder),
     )

@@ -73,7 +73,8 @@ def require_tensors(request: Request) -> None:
 )
 async def generate(request: Request, engine: Engine, settings: Settings) -> Response:
     """Takes one safetensors body: the tensors `text` and, with guidance, `negative`, each [tokens, width], and the
-    parameters as JSON in the metadata entry `parameters`. The header `X-Thumbnail` holds a small JPEG in base64. A client that goes away stops its picture at the next step.
+    parameters as JSON in the metadata entry `parameters`. The header `X-Thumbnail` of the answer holds a small JPEG in
+    base64. A client that goes away stops its picture at the next step.
     """
     engine.check_room()
     judge = partial(judge_header, facts=engine.facts, max_pixels=settings.max_pixels)

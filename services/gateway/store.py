@@ -7,6 +7,7 @@ place among those that are left, oldest first: what is added later never moves i
 import asyncio
 import json
 import secrets
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ PREFIX = "{zimage}:history:"  # the braces keep the keys together on a Redis clu
 CONNECT_TIMEOUT_S = 1.0
 ANSWER_TIMEOUT_S = 5.0
 PING_INTERVAL_S = 0.5
-ADD_WINDOW_S = 6.0  # how long an entry is tried again when Redis goes away within its writing
+ADD_WINDOW_S = 6.0  # how long writing is tried again once Redis went away: longer than its supervisor needs
 ADD_PAUSE_S = 0.2
 READ_AT_ONCE = 16
 
@@ -65,7 +66,7 @@ class History:
             max_connections=64,
         )
         self._add, self._delete, self._clear = (self._redis.register_script(text) for text in (ADD, DELETE, CLEAR))
-        self._here = True
+        self._away_since: float | None = None
 
     async def __aenter__(self) -> Self:
         """Starts to watch whether Redis is there."""
@@ -82,22 +83,23 @@ class History:
     @property
     def is_here(self) -> bool:
         """Whether Redis answered when it was last asked."""
-        return self._here
+        return self._away_since is None
 
     async def add(self, entry: Mapping[str, Any], png: bytes, thumbnail: bytes) -> int | None:
-        """Keeps a picture and answers its id once Redis has it on disk; None when Redis is away.
+        """Keeps a picture and answers its id once Redis has it on disk; None when Redis is away for longer.
 
         An answer that got lost is asked for again under the same token, so that a picture is kept exactly once.
         """
-        if not self._here:
+        away_s = 0.0 if self._away_since is None else time.monotonic() - self._away_since
+        if away_s > ADD_WINDOW_S:
             return None
         token = secrets.token_hex(16)
         arguments = [json.dumps(entry), png, thumbnail, token, self._bounds.max_entries, self._bounds.max_bytes]
         try:
-            async with asyncio.timeout(ADD_WINDOW_S):
+            async with asyncio.timeout(ADD_WINDOW_S - away_s):
                 return await self._add_until_answered(arguments)
         except TimeoutError:
-            self._here = False
+            log.warning("a picture could not be kept: Redis is away")
         except RedisError as error:
             log.error("history could not be written", reason=type(error).__name__)  # noqa: TRY400 - known and told
         return None
@@ -171,9 +173,9 @@ class History:
                 here = True
             except (*_AWAY, RedisError, TimeoutError):
                 here = False
-            if here != self._here:
-                log.warning("Redis is back" if here else "Redis is away: pictures are made but not kept")
-            self._here = here
+            if here != self.is_here:
+                log.warning("Redis is back" if here else "Redis is away")
+                self._away_since = None if here else time.monotonic()
             await asyncio.sleep(PING_INTERVAL_S)
 
 

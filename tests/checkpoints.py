@@ -1,0 +1,13 @@
+"""Tiny checkpoints for tests."""
+
+import contextlib
+import io
+from pathlib import Path
+
+from zimage.checkpoints import make_checkpoint
+
+
+def make_quietly(folder: Path, *, dtype: str) -> Path:
+    """A checkpoint with random weights, made without transformers' progress bars."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        return make_checkpoint(folder, dtype=dtype)

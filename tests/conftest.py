@@ -1,0 +1,46 @@
+"""Checkpoints that many tests read, and the watch for calls that block the event loop."""
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import structlog
+from blockbuster import blockbuster_ctx
+from checkpoints import make_quietly
+from hypothesis import settings
+
+settings.register_profile("zimage", deadline=None, max_examples=50, derandomize=True)
+settings.load_profile("zimage")
+
+IN_PROCESS = ("unit", "contract")  # folders whose tests run the services' code in their own event loop
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Z-Image directory with random float32 weights. Read only: copy what a test would change."""
+    return make_quietly(tmp_path_factory.mktemp("models") / "tiny", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same architecture in bfloat16. Read only."""
+    return make_quietly(tmp_path_factory.mktemp("models") / "tiny-bf16", dtype="bfloat16")
+
+
+@pytest.fixture(autouse=True)
+def no_blocking_calls(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A call of our code that blocks the event loop (files, sleep, sockets) is an error in an async test."""
+    folders = request.node.path.relative_to(Path(__file__).parent).parts
+    if folders[0] in IN_PROCESS and inspect.iscoroutinefunction(request.function):
+        with blockbuster_ctx(["shared", "services"]):
+            yield
+    else:
+        yield
+
+
+@pytest.fixture(autouse=True)
+def clean_log_context() -> Iterator[None]:
+    """What one test binds to the log's context, as a request does with its id, does not reach the next."""
+    yield
+    structlog.contextvars.clear_contextvars()

@@ -1,0 +1,187 @@
+"""History on a real Valkey server, the one that `zimage serve` embeds."""
+
+import asyncio
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from servers import environment, wait_until
+
+from services.gateway.store import PING_INTERVAL_S, Bounds, History
+from shared.errors import UnknownName, Unreachable
+from zimage import redis_server
+
+pytestmark = pytest.mark.slow
+PLENTY = Bounds(max_entries=1000, max_bytes=1 << 30)
+
+
+def start_guard(folder: Path, stderr: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
+    """The process that runs the embedded server of this folder. Its standard input is the lifeline."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "zimage.redis_server", str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=stderr,
+        env=environment(ZIMAGE_LIFELINE="1"),
+    )
+
+
+def start_redis(folder: Path) -> subprocess.Popen[bytes]:
+    """The embedded server of this folder, answering."""
+    process = start_guard(folder)
+    wait_until(lambda: redis_server.answers(redis_server.socket_path(folder)), "the embedded Redis answers")
+    return process
+
+
+def end(process: subprocess.Popen[bytes], number: signal.Signals = signal.SIGTERM) -> int:
+    """Sends the signal and answers the exit status."""
+    process.send_signal(number)
+    status = process.wait(30)
+    assert process.stdin is not None
+    process.stdin.close()
+    return status
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a running server."""
+    folder = tmp_path_factory.mktemp("redis")
+    process = start_redis(folder)
+    yield f"unix://{redis_server.socket_path(folder)}"
+    assert end(process) == 0
+
+
+@pytest.fixture
+async def history(url: str) -> AsyncIterator[History]:
+    """An empty history."""
+    async with History(url, PLENTY) as history:
+        await history.clear()
+        yield history
+
+
+async def rows(history: History, **arguments: object) -> list[tuple[dict[str, object], bytes | None]]:
+    """What `entries` yields."""
+    return [row async for row in history.entries(**arguments)]
+
+
+async def test_entries_come_back_oldest_first_with_what_was_asked_for(history: History) -> None:
+    ids = [await history.add({"prompt": f"p{n}"}, b"png%d" % n, b"jpg%d" % n) for n in range(40)]
+    assert ids == sorted(set(ids))
+    assert [(entry["id"], entry["prompt"], picture) for entry, picture in await rows(history)] == [
+        (number, f"p{n}", None) for n, number in enumerate(ids)
+    ]
+    assert await rows(history, offset=2, limit=2, images="full") == [
+        ({"id": ids[2], "prompt": "p2"}, b"png2"),
+        ({"id": ids[3], "prompt": "p3"}, b"png3"),
+    ]
+    assert [picture for _, picture in await rows(history, offset=39, images="thumb")] == [b"jpg39"]
+    assert await rows(history, limit=0) == []
+    assert await rows(history, offset=99) == []
+    assert await history.count() == 40
+
+
+async def test_delete_takes_the_entry_at_its_place_and_ids_never_repeat(history: History) -> None:
+    ids = [await history.add({"n": n}, b"png", b"") for n in range(3)]
+    deleted = await history.delete(1)
+    assert deleted.entry == {"id": ids[1], "n": 1}
+    assert deleted.remaining == 2
+    with pytest.raises(UnknownName):
+        await history.image(ids[1] or 0)
+    with pytest.raises(UnknownName):
+        await history.delete(2)
+    assert await history.clear() == 2
+    fresh = await history.add({"n": 3}, b"png", b"")
+    assert fresh is not None
+    assert fresh > max(number or 0 for number in ids)
+
+
+async def test_concurrent_deletes_of_one_index_remove_different_entries(history: History) -> None:
+    for n in range(10):
+        await history.add({"n": n}, b"png", b"")
+    deleted = await asyncio.gather(*(history.delete(0) for _ in range(10)))
+    assert sorted(item.entry["n"] for item in deleted) == list(range(10))
+    assert await history.count() == 0
+
+
+async def test_the_oldest_goes_when_a_bound_is_reached(url: str) -> None:
+    async with History(url, Bounds(max_entries=3, max_bytes=1 << 20)) as history:
+        await history.clear()
+        for n in range(5):
+            await history.add({"n": n}, b"png", b"")
+        assert [entry["n"] for entry, _ in await rows(history)] == [2, 3, 4]
+        big = await history.add({"n": 5}, bytes(1 << 20), b"")  # alone larger than the bound: it stays, all else goes
+        assert [entry["n"] for entry, _ in await rows(history)] == [5]
+        assert len(await history.image(big or 0)) == 1 << 20
+
+
+async def test_what_was_added_survives_kill_9(tmp_path: Path) -> None:
+    process = start_redis(tmp_path)
+    history_url = f"unix://{redis_server.socket_path(tmp_path)}"
+    async with History(history_url, PLENTY) as history:
+        first = await history.add({"n": 1}, b"png", b"")
+    end(process, signal.SIGKILL)
+    wait_until(lambda: not redis_server.answers(redis_server.socket_path(tmp_path)), "the server dies with its guard")
+    process = start_redis(tmp_path)
+    async with History(history_url, PLENTY) as history:
+        second = await history.add({"n": 2}, b"png", b"")
+        assert [(entry["id"], entry["n"]) for entry, _ in await rows(history)] == [(first, 1), (second, 2)]
+    assert end(process) == 0
+
+
+async def test_away_redis_is_told_and_heals(tmp_path: Path) -> None:
+    process = start_redis(tmp_path)
+    async with History(f"unix://{redis_server.socket_path(tmp_path)}", PLENTY) as history:
+        assert end(process) == 0
+        with pytest.raises(Unreachable):
+            await history.count()
+        with pytest.raises(Unreachable):
+            await rows(history)
+        assert await history.add({"n": 1}, b"png", b"") is None
+        process = start_redis(tmp_path)
+        await asyncio.sleep(3 * PING_INTERVAL_S)
+        assert history.is_here
+        assert await history.add({"n": 2}, b"png", b"") is not None
+    assert end(process) == 0
+
+
+async def test_a_short_absence_loses_nothing(tmp_path: Path) -> None:
+    process = start_redis(tmp_path)
+    async with History(f"unix://{redis_server.socket_path(tmp_path)}", PLENTY) as history:
+        end(process, signal.SIGKILL)
+        wait_until(lambda: not redis_server.answers(redis_server.socket_path(tmp_path)), "the server dies too")
+        adding = asyncio.create_task(history.add({"n": 1}, b"png", b""))
+        process = await asyncio.to_thread(start_redis, tmp_path)
+        assert await adding is not None
+        assert await history.count() == 1
+    assert end(process) == 0
+
+
+def test_the_end_of_the_lifeline_ends_the_server(tmp_path: Path) -> None:
+    process = start_redis(tmp_path)
+    assert process.stdin is not None
+    process.stdin.close()
+    assert process.wait(30) == 0
+    assert not redis_server.answers(redis_server.socket_path(tmp_path))
+
+
+def test_a_running_server_of_the_folder_is_adopted(tmp_path: Path) -> None:
+    first = start_redis(tmp_path)
+    with start_guard(tmp_path, stderr=subprocess.PIPE) as second:
+        assert second.stderr is not None
+        assert b"running already" in second.stderr.readline()
+        assert end(second) == 0
+    assert first.wait(30) == 0  # the adopting guard shut the server down
+    assert first.stdin is not None
+    first.stdin.close()
+
+
+def test_the_socket_is_the_owners_alone_and_its_path_never_too_long(tmp_path: Path) -> None:
+    deep = tmp_path / ("x" * 80) / ("y" * 80)
+    process = start_redis(deep)
+    path = redis_server.socket_path(deep)
+    assert path.stat().st_mode & 0o077 == 0
+    assert len(str(path)) <= redis_server.MAX_SOCKET_PATH_BYTES
+    assert end(process) == 0
