@@ -16,7 +16,7 @@ from rich.table import Table
 from services.gateway.settings import GatewaySettings
 from shared.checkpoint import UnusableModel, require_parts
 from shared.settings import DEFAULT_PROFILE, Device, ModelSettings, ServiceSettings
-from zimage.flags import check_configuration, in_force, set_environment, with_flags
+from zimage.flags import check_configuration, in_force, set_environment, with_flags, without_effect
 from zimage.plan import DIFFUSION, ENCODER, CannotStart
 from zimage.published import Published
 from zimage.serve import serve_until_stopped
@@ -74,6 +74,8 @@ def serve(*, config: ConfigFile = None, profile: Profile = None, **flags: Any) -
     """Run all services on this machine, and keep them running until Ctrl-C or SIGTERM."""
     set_environment({"config": config, "profile": profile, **flags})
     settings = check_configuration()
+    for name in without_effect():
+        typer.echo(f"zimage: {name} has no effect yet: its service is not part of this version", err=True)
     gateway = settings["gateway"]
     assert isinstance(gateway, GatewaySettings)  # noqa: S101 - by the table that it comes from
     local = [
