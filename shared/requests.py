@@ -13,6 +13,7 @@ from typing import TypeVar
 import structlog
 from fastapi import Request
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shared.errors import BodyTooLarge, ClientGone, HeadersTooLarge, InternalError, ServiceError, WrongContentType
@@ -20,6 +21,7 @@ from shared.health import Metrics
 from shared.problems import problem_response
 
 MAX_HEADER_BYTES = 64 << 10
+BODY_TIMEOUT_S = 120.0  # a body that trickles in for longer counts as a client that went away
 REQUEST_ID = "X-Request-ID"
 _REQUEST_ID_FORM = re.compile(r"[A-Za-z0-9._-]{8,64}")
 _QUIET_PATHS = ("/health", "/metrics")
@@ -60,7 +62,9 @@ class RequestContext:
                 if (error := self._refusal(headers)) is not None:
                     await problem_response(error, request_id)(scope, receive, send_with_id)
                 else:
-                    await self.app(scope, receive, send_with_id)
+                    await self.app(scope, _in_time(receive), send_with_id)
+            except ClientDisconnect:
+                log.info("the client went away while it sent its body")
             except Exception:  # the last line of defence: logged here, told without its text
                 log.exception("a request failed unexpectedly")
                 if status:
@@ -82,6 +86,26 @@ class RequestContext:
         self.metrics.observe_request(scope["method"], route, status, seconds)
         if not scope["path"].startswith(_QUIET_PATHS):
             log.info("request", method=scope["method"], path=scope["path"], status=status, duration_s=round(seconds, 4))
+
+
+def _in_time(receive: Receive) -> Receive:
+    """`receive` with a deadline for the whole body; after the body there is none, as only the end is awaited then."""
+    deadline = asyncio.get_running_loop().time() + BODY_TIMEOUT_S
+    complete = False
+
+    async def receive_in_time() -> Message:
+        nonlocal complete
+        if complete:
+            return await receive()
+        try:
+            async with asyncio.timeout_at(deadline):
+                message = await receive()
+        except TimeoutError:
+            return {"type": "http.disconnect"}
+        complete = not message.get("more_body", False)
+        return message
+
+    return receive_in_time
 
 
 def require_json(request: Request) -> None:

@@ -11,7 +11,7 @@ import structlog
 
 from services.encoder.model import ModelFacts, TextEncoder
 from shared.device_thread import DeviceThread
-from shared.errors import InternalError, InvalidField, QueueFull, ServiceError
+from shared.errors import InternalError, InvalidField, QueueFull, ServiceError, Unready
 from shared.jobs import Job
 from shared.tensors import describe
 
@@ -103,7 +103,7 @@ class EncoderEngine:
         with self._lock:
             left, self._waiting = self._waiting, []
         for job in left:
-            job.fail(QueueFull("The service is stopping.", retry_after_s=5))
+            job.fail(Unready("The service is stopping.", retry_after_s=5))
 
     def _tick(self, model: TextEncoder) -> bool:
         with self._lock:
