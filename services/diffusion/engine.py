@@ -5,6 +5,7 @@ of pictures and `model.decode`, so a scheduler of steps over many pictures repla
 """
 
 import asyncio
+import logging
 import threading
 import time
 from collections import deque
@@ -21,6 +22,7 @@ from shared.device_thread import DeviceThread
 from shared.errors import ClientGone, InternalError, QueueFull, ServiceError, Unready
 from shared.jobs import Job
 from shared.schemas.diffusion import NEGATIVE, TEXT, DiffusionParameters
+from shared.tensors import describe
 from shared.wire import Header
 
 log = structlog.get_logger(__name__)
@@ -188,4 +190,6 @@ class DiffusionEngine:
         request = job.request
         text = model.read_embeddings(request.message, request.header, TEXT)
         negative = model.read_embeddings(request.message, request.header, NEGATIVE) if request.guided else None
+        if log.is_enabled_for(logging.DEBUG):
+            log.debug("embeddings arrived", request_id=request.request_id, **describe(text))
         return model.start(request.parameters, text, negative)
