@@ -51,6 +51,29 @@ class Saved:
     encoded: Encoded
 
 
+class _Clock:
+    """The time of one request: its deadline, and its stages in the form of the Server-Timing header."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._started = time.perf_counter()
+        self._timeout_s = timeout_s
+        self.stages: list[str] = []
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._started
+
+    def left_s(self) -> float:
+        """Seconds to the deadline. Raises UpstreamTimeout when there are none."""
+        left_s = self._timeout_s - self.seconds
+        if left_s <= 0:
+            raise UpstreamTimeout(f"The picture was not ready within {self._timeout_s:g} s.")
+        return left_s
+
+    def note(self, stage: str, seconds: float) -> None:
+        self.stages.append(f"{stage};dur={seconds * 1000:.2f}")
+
+
 class GatewayEngine:
     """Orchestrates the services for one request at a time; holds no state of its own."""
 
@@ -94,26 +117,22 @@ class GatewayEngine:
         """A picture of a prompt, within the deadline that the settings name. Raises a ServiceError."""
         if self._diffusion is None:
             raise Unready("This server runs only the encoder (--encoder-only): it makes no pictures.")
-        started = time.perf_counter()
-        deadline = started + self._settings.generate_timeout_s
-        formatted = self.format(request)
-        parameters = self.parameters(request)
+        clock = _Clock(self._settings.generate_timeout_s)
+        formatted, layer, parameters = self.format(request), self._layer(request), self.parameters(request)
         texts = [formatted, UNCONDITIONAL] if parameters.guidance_scale > 0 else [formatted]
-        encode_timeout_s = min(self._settings.encode_timeout_s, self._settings.generate_timeout_s)
-        layer = self._layer(request)
-        encoding = await self._encoder.encode(texts, layer=layer, timeout_s=encode_timeout_s)
+        encoding = await self._encoder.encode(
+            texts, layer=layer, timeout_s=min(self._settings.encode_timeout_s, clock.left_s())
+        )
+        clock.note("encode", encoding.seconds)
         text, negative = encoding.items[0], (encoding.items[1] if len(texts) > 1 else None)
-        left_s = deadline - time.perf_counter()
-        if left_s <= 0:
-            raise UpstreamTimeout(f"The picture was not ready within {self._settings.generate_timeout_s:g} s.")
-        reply = await self._diffusion.generate(parameters, text, negative, timeout_s=left_s)
+        reply = await self._diffusion.generate(parameters, text, negative, timeout_s=clock.left_s())
+        clock.stages.append(reply.headers.get("server-timing", ""))
         again = {**request.model_dump(mode="json"), **parameters.model_dump(mode="json"), "hidden_layer": layer}
-        png = with_parameters(reply.body, again)
-        seconds = time.perf_counter() - started
+        png, seconds = with_parameters(reply.body, again), clock.seconds
         history_id = await self._keep(again, seconds, png, reply)
-        stages = (f"encode;dur={encoding.seconds * 1000:.2f}", reply.headers.get("server-timing", ""))
-        timing = ", ".join(stage for stage in (*stages, f"total;dur={seconds * 1000:.2f}") if stage)
-        return Generated(png, parameters, seconds, timing, history_id)
+        clock.note("history", clock.seconds - seconds)
+        clock.note("total", clock.seconds)
+        return Generated(png, parameters, seconds, ", ".join(filter(None, clock.stages)), history_id)
 
     def parameters(self, request: GenerateRequest) -> DiffusionParameters:
         """The request's parameters with the server's defaults and a drawn seed where it names none.
