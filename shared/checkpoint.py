@@ -64,11 +64,11 @@ def checkpoint_dtype(folder: Path) -> str:
 
 
 def weight_bytes(folder: Path, float_bytes: int) -> int:
-    """Bytes that a folder's weights take once loaded, each floating-point number in `float_bytes`. Raises UnusableModel."""
+    """Bytes of a folder's weights once loaded, a floating-point number in `float_bytes`. Raises UnusableModel."""
+    tensors = [tensor for header in weight_headers(folder) for tensor in header.tensors]
     return sum(
-        tensor.nbytes // ITEM_BYTES[tensor.dtype] * (float_bytes if tensor.dtype in _FLOATS else ITEM_BYTES[tensor.dtype])
-        for header in weight_headers(folder)
-        for tensor in header.tensors
+        tensor.nbytes // ITEM_BYTES[tensor.dtype] * float_bytes if tensor.dtype in _FLOATS else tensor.nbytes
+        for tensor in tensors
     )
 
 

@@ -4,6 +4,7 @@ Every call has a deadline. An error that another service raised is raised here a
 """
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -117,9 +118,8 @@ class ServiceClient:
             except ValueError:
                 return BadUpstream(f"The {self.name} service refused with a broken answer.")
             retry_after = response.headers.get("retry-after", "")
-            error = rebuild(
-                problem.code, problem.detail, retry_after_s=int(retry_after) if retry_after.isdigit() else None
-            )
+            seconds = int(retry_after) if re.fullmatch("[0-9]{1,6}", retry_after) else None
+            error = rebuild(problem.code, problem.detail, retry_after_s=seconds)
             if isinstance(error, Unready):
                 return Unready(f"The {self.name} service is not ready yet. {error.detail}", retry_after_s=2)
             if error is not None:

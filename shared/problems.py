@@ -80,7 +80,7 @@ def install_handlers(app: FastAPI) -> None:
 
     async def validation_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for this class only
-        return problem_response(_from_validation(error.errors()), request_id_of(request))
+        return problem_response(from_validation(error.errors()), request_id_of(request))
 
     app.add_exception_handler(ServiceError, service_error)
     app.add_exception_handler(HTTPException, http_error)
@@ -140,7 +140,8 @@ _SENTENCES: Mapping[str, str] = {
 }
 
 
-def _from_validation(errors: Sequence[Any]) -> ServiceError:
+def from_validation(errors: Sequence[Mapping[str, Any]]) -> ServiceError:
+    """The refusal for pydantic's errors, in our words. Of each `loc` the first part says where, the next which field."""
     if any(error["type"] == "json_invalid" for error in errors):
         return MalformedBody("The request body is not well-formed JSON.")
     sentences = [_sentence(error) for error in errors[:5]]

@@ -6,6 +6,7 @@ from importlib.metadata import version
 from typing import Any, Protocol
 
 from fastapi import APIRouter, FastAPI
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 
 from shared.health import Metrics, Readiness, health_router
 from shared.problems import install_handlers
@@ -34,10 +35,10 @@ def create_service(
         description=description,
         version=version("zimage-server"),
         lifespan=lifespan,
-        max_body_size=max_body_bytes,
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.stop = _nobody_to_stop
+    app.add_middleware(RequestBodyLimitMiddleware, max_body_size=max_body_bytes)  # counts bodies of unknown length
     app.add_middleware(RequestContext, metrics=metrics, max_body_bytes=max_body_bytes)
     install_handlers(app)
     app.include_router(health_router(metrics, readiness))

@@ -97,7 +97,7 @@ def require_memory(device: torch.device, needed: int, *, what: str, advice: str)
     free = free_memory(device)
     if free is not None and needed > free:
         raise UnusableModel(
-            f"{what} takes {needed / 1e9:.1f} GB, but the device '{device}' has only {free / 1e9:.1f} GB free: {advice}"
+            f"{what} takes {needed / 1e9:.3g} GB, but the device '{device}' has only {free / 1e9:.3g} GB free: {advice}"
         )
 
 

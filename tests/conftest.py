@@ -3,15 +3,19 @@
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import structlog
+import torch
 from blockbuster import blockbuster_ctx
 from checkpoints import make_quietly
 from hypothesis import settings
 
 settings.register_profile("zimage", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("zimage")
+
+torch.set_num_threads(1)  # for models this small a second thread only waits, the longer the busier the machine is
 
 IN_PROCESS = ("unit", "contract")  # folders whose tests run the services' code in their own event loop
 
@@ -26,6 +30,24 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_checkpoint_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same architecture in bfloat16. Read only."""
     return make_quietly(tmp_path_factory.mktemp("models") / "tiny-bf16", dtype="bfloat16")
+
+
+@pytest.fixture(scope="session")
+def text_encoder(tiny_checkpoint: Path) -> Any:
+    """The tiny checkpoint's `TextEncoder`, loaded once in float32."""
+    from services.encoder.model import load_text_encoder
+    from services.encoder.settings import EncoderSettings
+
+    return load_text_encoder(EncoderSettings(model_path=tiny_checkpoint, text_encoder_device="cpu"))
+
+
+@pytest.fixture(scope="session")
+def zimage_model(tiny_checkpoint: Path) -> Any:
+    """The tiny checkpoint's `ZImageModel`, loaded once in float32."""
+    from services.diffusion.model import load_zimage
+    from services.diffusion.settings import DiffusionSettings
+
+    return load_zimage(DiffusionSettings(model_path=tiny_checkpoint, dit_device="cpu", vae_device="cpu"))
 
 
 @pytest.fixture(autouse=True)

@@ -58,9 +58,12 @@ def http_client(base_url: str, *, timeout_s: float = WAIT_S) -> httpx2.Client:
 
 
 def environment(**settings: str) -> dict[str, str]:
-    """This process's environment without the settings of zimage that a developer may have set, and with these."""
+    """This process's environment without the settings of zimage that a developer may have set, and with these.
+
+    One thread for torch: with models this small a second one only waits, the longer the busier the machine is.
+    """
     outer = {name: value for name, value in os.environ.items() if not name.startswith("ZIMAGE_")}
-    return {**outer, "NO_COLOR": "1", "COLUMNS": "200", **settings}
+    return {**outer, "NO_COLOR": "1", "COLUMNS": "200", "OMP_NUM_THREADS": "1", **settings}
 
 
 def zimage(*arguments: str | Path) -> list[str]:

@@ -28,10 +28,11 @@ REPOSITORIES = {
             *(f"{part}/*.json" for part in ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")),
             *(f"{part}/*.safetensors" for part in ("text_encoder", "transformer", "vae")),
             "tokenizer/*.txt",
+            "tokenizer/*.jinja",
         ),
         ("text_encoder", "transformer", "vae"),
     ),
     Published.QWEN3_VL_4B_INSTRUCT: Repository(
-        "Qwen/Qwen3-VL-4B-Instruct", ("*.json", "*.safetensors", "*.txt"), (".",)
+        "Qwen/Qwen3-VL-4B-Instruct", ("*.json", "*.safetensors", "*.txt", "*.jinja"), (".",)
     ),
 }

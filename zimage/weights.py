@@ -1,6 +1,5 @@
 """Looks at the weights of one folder of a model without loading them: how much there is, and whether it is whole."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,6 @@ class Weights:
     """What a folder's safetensors files hold; `dtype` is what most numbers are stored in, as torch spells it."""
 
     files: int
-    numbers: int
     stored_bytes: int
     dtype: str
 
@@ -23,18 +21,16 @@ def read_weights(folder: Path) -> Weights:
     require_weights(folder)
     _require_every_shard(folder)
     headers = list(weight_headers(folder))
-    tensors = [tensor for header in headers for tensor in header.tensors]
     return Weights(
         files=len(headers),
-        numbers=sum(math.prod(tensor.shape) for tensor in tensors),
-        stored_bytes=sum(tensor.nbytes for tensor in tensors),
+        stored_bytes=sum(tensor.nbytes for header in headers for tensor in header.tensors),
         dtype=checkpoint_dtype(folder),
     )
 
 
 def _require_every_shard(folder: Path) -> None:
     """Weights in several files have an index, which names for each tensor its file."""
-    for index in folder.glob("*.safetensors.index.json"):
+    for index in sorted(folder.glob("*.safetensors.index.json")):
         shards = read_json(index).get("weight_map")
         if not isinstance(shards, Mapping):
             raise UnusableModel(f"{index} does not say which file holds which weights")

@@ -6,6 +6,7 @@ from pydantic import ValidationError
 
 from services.diffusion.model import ModelFacts
 from shared.errors import InvalidField, MalformedBody
+from shared.problems import from_validation
 from shared.schemas.diffusion import NEGATIVE, PARAMETERS, TEXT, DiffusionParameters
 from shared.wire import PREFIX_BYTES, Header, TensorMeta, WireError, header_bytes, parse_header
 
@@ -55,10 +56,10 @@ def _read_parameters(header: Header) -> DiffusionParameters:
     try:
         return DiffusionParameters.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        if first["type"] == "json_invalid":
+        errors = [{**item, "loc": (PARAMETERS, *item["loc"])} for item in error.errors()]
+        if errors[0]["type"] in ("json_invalid", "string_unicode"):
             raise MalformedBody(f"The metadata entry '{PARAMETERS}' is not JSON.") from None
-        raise InvalidField(f"'{'.'.join(str(part) for part in first['loc'])}' is missing or out of bounds.") from None
+        raise from_validation(errors) from None
 
 
 def _check_embeddings(name: str, meta: TensorMeta | None, width: int) -> None:

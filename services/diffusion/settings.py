@@ -116,7 +116,9 @@ class DiffusionSettings(ModelSettings):
     lora: Loras = setting(
         (), key="", panel="LoRA", description="LoRA file path with optional scale (path:scale). Repeatable."
     )
-    lora_paths: Paths = setting((), key="lora.paths", description="LoRA files, fused in this order; --lora wins over it")
+    lora_paths: Paths = setting(
+        (), key="lora.paths", description="LoRA files, fused in this order; --lora wins over it"
+    )
     lora_scales: Scales = setting(
         (), key="lora.scales", description="how much of each, -10 to 10, one number a path; none is 1.0 for all"
     )

@@ -96,6 +96,8 @@ class EncoderEngine:
         finally:
             for job in jobs:
                 job.cancelled = True
+            with self._lock:  # a text that nobody waits for takes no place in the queue
+                self._waiting = [job for job in self._waiting if not job.cancelled]
 
     async def stop(self) -> None:
         """Ends the device's thread; texts that still wait are refused."""

@@ -14,9 +14,11 @@ from torch import nn
 from transformers import AutoTokenizer, Qwen3Model
 
 from services.encoder.settings import EncoderSettings
-from shared.checkpoint import checkpoint_dtype, require_parts, require_weights
-from shared.errors import InvalidField
-from shared.tensors import dtype_of, pick_device
+from shared.checkpoint import checkpoint_dtype, require_parts, require_weights, weight_bytes
+from shared.errors import InvalidField, OutOfMemory
+from shared.tensors import dtype_of, pick_device, require_memory
+
+MEMORY_ADVICE = "free some of it, or choose another device with --text-encoder-device"
 
 log = structlog.get_logger(__name__)
 
@@ -59,11 +61,14 @@ class TextEncoder:
 
         `layer` counts as in transformers' `hidden_states`: -1 after the final norm, -2 the input of the last layer.
         Items of unequal length are padded at the end, where under a causal mask no real token looks: an attention
-        mask would change nothing but the speed. Layers above the one that is asked for are not run.
+        mask would change nothing but the speed. Layers above the one that is asked for are not run. Raises OutOfMemory.
         """
         longest = max(len(ids) for ids in batch)
         padded = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in batch], device=self.facts.device)
-        states = self._first_layers(layer)(input_ids=padded, use_cache=False).last_hidden_state
+        try:
+            states = self._first_layers(layer)(input_ids=padded, use_cache=False).last_hidden_state
+        except torch.OutOfMemoryError:
+            raise OutOfMemory("The device has too little free memory for this text.", retry_after_s=10) from None
         return [item[: len(ids)].cpu().contiguous() for item, ids in zip(states, batch, strict=True)]
 
     def _cut(self, layer: int) -> Any:
@@ -83,6 +88,9 @@ def load_text_encoder(settings: EncoderSettings) -> TextEncoder:
     require_weights(folder)
     device = pick_device(settings.text_encoder_device)
     dtype = dtype_of(settings.text_encoder_dtype, checkpoint_dtype(folder))
+    require_memory(
+        device, weight_bytes(folder, dtype.itemsize), what=f"the text encoder of {root}", advice=MEMORY_ADVICE
+    )
     model = Qwen3Model.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
     model = model.to(device).eval().requires_grad_(requires_grad=False)
     facts = ModelFacts(

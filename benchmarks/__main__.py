@@ -1,0 +1,55 @@
+"""`python -m benchmarks`: runs the benchmarks one after the other on one server, prints a table, writes JSON."""
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmarks import encode, health, memory, overhead
+from benchmarks.neighbours import Neighbours
+from benchmarks.processes import serve
+from benchmarks.results import Figure, Findings, show, write
+from benchmarks.setting import Setting
+from zimage.checkpoints import Size, make_checkpoint
+from zimage.plan import default_data_dir
+
+BENCHMARKS: Mapping[str, Callable[[Setting], Findings]] = {
+    module.NAME: module.run for module in (overhead, health, encode, memory)
+}
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measures what the server costs.")
+    parser.add_argument("--only", choices=sorted(BENCHMARKS), action="append", help="run this one; repeatable")
+    parser.add_argument("--quick", action="store_true", help="few samples: shows that it works, not how fast")
+    parser.add_argument("--data-dir", type=Path, default=default_data_dir(), help="where checkpoints and logs are kept")
+    parser.add_argument("--output", type=Path, help="where the JSON goes; default: <data-dir>/bench.json")
+    arguments = parser.parse_args()
+    data_dir: Path = arguments.data_dir.resolve()
+    data_dir.mkdir(parents=True, exist_ok=True)
+    output: Path = arguments.output or data_dir / "bench.json"
+    findings = _run(arguments.only or list(BENCHMARKS), data_dir, quick=arguments.quick)
+    write(findings, output)
+    show([figure for found in findings.values() for figure in found.figures])
+    Console().print(f"written to {output}", soft_wrap=True, highlight=False)
+
+
+def _run(names: list[str], data_dir: Path, *, quick: bool) -> dict[str, Findings]:
+    console = Console()
+    model = make_checkpoint(data_dir / "checkpoints" / "bench", size=Size.BENCH, dtype="bfloat16")
+    findings = {}
+    with serve(model, data_dir) as server:
+        setting = Setting(server, model, data_dir, quick)
+        for name in names:
+            console.print(f"measuring {name} ...", style="dim")
+            neighbours = Neighbours()
+            found = BENCHMARKS[name](setting)
+            noise = Figure(benchmark=name, what="cores kept busy by other programs", value=neighbours.cores())
+            findings[name] = Findings([*found.figures, noise], found.samples)
+    return findings
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""LoRAs: changes to the DiT's weights, added once, at the start. Knows no request.
+
+They are added by diffusers' own means, so that the weights are bit for bit those of `ZImagePipeline` after
+`load_lora_weights(..., use_safetensors=True)`, `fuse_lora(lora_scale=...)` and `unload_lora_weights()`. Read are
+safetensors files with diffusers', Kohya's (`lora_unet_`) or the original model's (`diffusion_model.`) names.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import structlog
+import torch
+from diffusers.loaders import ZImageLoraLoaderMixin
+from torch import nn
+
+from services.diffusion.settings import LORA_SUFFIX, LoraFile
+from shared.checkpoint import UnusableModel
+from shared.wire import PREFIX_BYTES, Header, WireError, header_bytes, parse_header
+
+PREFIX = "transformer."  # what diffusers puts before every name that it has translated
+DOWN, UP = ".lora_A.weight", ".lora_B.weight"  # [rank, inputs] and [outputs, rank]: the change is UP @ DOWN
+UNREADABLE = (ValueError, KeyError, TypeError, RuntimeError, AttributeError, IndexError)
+"""What diffusers and peft raise, among others, for files that they cannot make sense of."""
+
+log = structlog.get_logger(__name__)
+
+
+def fuse_loras(transformer: Any, loras: Sequence[LoraFile]) -> None:
+    """Adds each file's change times its scale to the weights, in the order given.
+
+    Raises UnusableModel, which names the file; all headers are read before the first file is added.
+    """
+    for lora in loras:
+        check_file(lora.path)
+    for lora in loras:
+        layers = _fuse(transformer, lora)
+        log.info("lora fused", path=str(lora.path), scale=lora.scale, layers=layers)
+
+
+def check_file(path: Path) -> None:
+    """Raises UnusableModel unless the file is whole safetensors; reads its header only, never pickle."""
+    if path.suffix.lower() != LORA_SUFFIX:
+        raise UnusableModel(f"the LoRA {path} is not a {LORA_SUFFIX} file; pickled weights are never loaded")
+    try:
+        header = _header(path)
+        size = path.stat().st_size
+    except OSError as error:
+        raise UnusableModel(f"the LoRA {path} cannot be read: {error.strerror}") from None
+    except WireError as error:
+        raise UnusableModel(f"the LoRA {path} is not safetensors: {error}") from None
+    if size != header.total_bytes:
+        raise UnusableModel(f"the LoRA {path} is truncated: {size} of {header.total_bytes} bytes")
+    if any("dora_scale" in tensor.name for tensor in header.tensors):  # diffusers would drop them and draw amiss
+        raise UnusableModel(f"the LoRA {path} is a DoRA, which cannot be used; give a plain LoRA")
+
+
+def _header(path: Path) -> Header:
+    with path.open("rb") as file:
+        prefix = file.read(PREFIX_BYTES)
+        return parse_header(prefix + file.read(header_bytes(prefix) - PREFIX_BYTES))
+
+
+def _fuse(transformer: Any, lora: LoraFile) -> int:
+    """Adds one file; answers the number of layers that it changes."""
+    try:
+        tensors, metadata = ZImageLoraLoaderMixin.lora_state_dict(
+            str(lora.path.parent),
+            weight_name=lora.path.name,
+            use_safetensors=True,
+            local_files_only=True,
+            return_lora_metadata=True,
+        )
+    except (*UNREADABLE, OSError) as error:
+        log.warning("a LoRA cannot be read", path=str(lora.path), cause=repr(error))
+        raise UnusableModel(f"the LoRA {lora.path} has tensors that are not those of a LoRA for Z-Image") from None
+    _check_tensors(transformer, lora.path, tensors)
+    try:
+        ZImageLoraLoaderMixin.load_lora_into_transformer(
+            tensors, transformer, metadata=metadata, low_cpu_mem_usage=True
+        )
+        transformer.fuse_lora(lora_scale=lora.scale)
+        transformer.unload_lora()
+    except UNREADABLE as error:
+        log.warning("a LoRA cannot be added", path=str(lora.path), cause=repr(error))
+        raise UnusableModel(f"the LoRA {lora.path} cannot be added to this DiT") from None
+    return len(tensors) // 2
+
+
+def _check_tensors(transformer: Any, path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Every tensor must be one half of the change of a layer that there is, and hold finite numbers."""
+    layers = {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
+    if not tensors:
+        raise UnusableModel(f"the LoRA {path} is empty")
+    for name, tensor in tensors.items():
+        layer = layers.get(_layer_of(name))
+        if layer is None:
+            raise UnusableModel(f"the LoRA {path} is not for this model: its '{name}' matches no layer of the DiT")
+        other = tensors.get(name.replace(DOWN, UP) if name.endswith(DOWN) else name.replace(UP, DOWN))
+        if other is None or not _fits(layer, *((tensor, other) if name.endswith(DOWN) else (other, tensor))):
+            raise UnusableModel(f"the LoRA {path} is not for this model: its '{name}' does not fit the DiT's layer")
+        if not bool(torch.isfinite(tensor.float()).all()):
+            raise UnusableModel(f"the LoRA {path} holds values that are not finite numbers, in '{name}'")
+
+
+def _layer_of(name: str) -> str:
+    for suffix in (DOWN, UP):
+        if name.startswith(PREFIX) and name.endswith(suffix):
+            return name.removeprefix(PREFIX).removesuffix(suffix)
+    return ""
+
+
+def _fits(layer: nn.Linear, down: torch.Tensor, up: torch.Tensor) -> bool:
+    """`down` is [rank, inputs] and `up` [outputs, rank] of that layer."""
+    return (
+        down.ndim == up.ndim == 2
+        and down.shape[1] == layer.in_features
+        and up.shape[0] == layer.out_features
+        and down.shape[0] == up.shape[1] > 0
+    )

@@ -1,0 +1,44 @@
+"""Where the weights of DiT and VAE are kept, in which dtype, and whether they fit there. Loads nothing."""
+
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+from services.diffusion.settings import DiffusionSettings
+from shared.checkpoint import checkpoint_dtype, weight_bytes
+from shared.tensors import dtype_of, pick_device, require_memory
+
+CPU = torch.device("cpu")
+NAMES = {"transformer": "the DiT", "vae": "the VAE"}
+
+
+def is_offloaded(settings: DiffusionSettings, device: torch.device) -> bool:
+    """The DiT computes on `device`, but its weights stay in main memory."""
+    return settings.cpu_offload and device.type != "cpu"
+
+
+def weights_dtype(folder: Path, settings: DiffusionSettings) -> torch.dtype:
+    """The dtype that the weights of that folder are loaded in."""
+    return dtype_of(settings.diffusion_dtype, checkpoint_dtype(folder))
+
+
+def require_room(root: Path, settings: DiffusionSettings, device: torch.device) -> None:
+    """Raises UnusableModel when the weights do not fit where they are to be; the DiT computes on `device`."""
+    places: defaultdict[torch.device, list[str]] = defaultdict(list)
+    places[CPU if is_offloaded(settings, device) else device].append("transformer")
+    places[pick_device(settings.vae_device)].append("vae")
+    for place, parts in places.items():
+        require_memory(
+            place,
+            sum(weight_bytes(root / part, weights_dtype(root / part, settings).itemsize) for part in parts),
+            what=f"{' and '.join(NAMES[part] for part in parts)} of {root}",
+            advice=_advice(settings, place),
+        )
+
+
+def _advice(settings: DiffusionSettings, place: torch.device) -> str:
+    other = "choose other devices with --dit-device and --vae-device"
+    if place.type == "cpu" or settings.cpu_offload:
+        return f"free some of it, or {other}"
+    return f"free some of it, keep the DiT in main memory with --cpu-offload, or {other}"

@@ -1,0 +1,109 @@
+"""Processes that die, hang or are stopped, and a queue that is full."""
+
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from servers import LONG_PICTURE, Running, picture, png_size, sent, serve, wait_until
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def server(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server whose queue is short and whose patience with the encoder is, too; instead of the package's."""
+    data_dir = tmp_path_factory.mktemp("faults")
+    with serve(tiny_checkpoint, data_dir, ZIMAGE_DIFFUSION_MAX_WAITING="1", ZIMAGE_ENCODE_TIMEOUT_S="2") as running:
+        yield running
+
+
+def health(client: httpx2.Client) -> Any:
+    return client.get("/health").json()
+
+
+def test_a_full_queue_refuses_at_once(server: Running, client: httpx2.Client, diffusion: httpx2.Client) -> None:
+    def queue() -> Any:
+        return diffusion.get("/v1/queue").json()
+
+    with sent(server.url, "/api/generate", LONG_PICTURE):
+        wait_until(lambda: queue()["running"], "the first picture in the making")
+        with sent(server.url, "/api/generate", LONG_PICTURE):
+            wait_until(lambda: queue()["waiting"] == 1, "the second picture waits")
+            refused = client.post("/api/generate", json=picture())
+    assert refused.status_code == 429
+    assert int(refused.headers["retry-after"]) > 0
+    assert refused.headers["content-type"] == "application/problem+json"
+    assert refused.json()["code"] == "queue_full"
+    wait_until(lambda: not queue()["running"] and not queue()["waiting"], "the queue is empty")
+    assert png_size(client.post("/api/generate", json=picture()).content) == (64, 64)
+
+
+def test_an_encoder_that_hangs(server: Running, client: httpx2.Client) -> None:
+    encoder = server.service("encoder")
+    assert encoder is not None
+    encoder.suspend()
+    try:
+        late = client.post("/api/encode", json={"prompt": "A cat"})
+        assert late.status_code == 504
+        assert late.json()["code"] == "upstream_timeout"
+        told = wait_until(lambda: (got := health(client))["status"] == "degraded" and got, "/health is degraded")
+        assert told["encoder_loaded"] is False
+        assert told["services"]["encoder"]["status"] == "unreachable"
+        assert told["services"]["encoder"]["reason"]
+        assert told["services"]["diffusion"]["status"] == "ready"
+        assert client.get("/health/ready").status_code == 503
+    finally:
+        encoder.resume()
+    wait_until(lambda: health(client)["status"] == "healthy", "/health is healthy again")
+    assert client.post("/api/encode", json={"prompt": "A cat"}).status_code == 200
+
+
+def test_an_encoder_that_is_killed_is_started_again(server: Running, client: httpx2.Client) -> None:
+    before = server.service("encoder")
+    assert before is not None
+    before.kill()
+
+    def works() -> bool:
+        answer = client.post("/api/encode", json={"prompt": "A cat"})
+        assert answer.status_code in (200, 503, 504), answer.text
+        return answer.status_code == 200
+
+    wait_until(lambda: server.service("encoder") not in (None, before), "a new encoder runs")
+    wait_until(works, "a prompt is encoded again")
+    assert png_size(client.post("/api/generate", json=picture()).content) == (64, 64)
+    assert "a service ended and is started again" in server.output
+    assert '"exit_code": -9' in server.output
+    wait_until(lambda: health(client)["status"] == "healthy", "/health is healthy again")
+
+
+def test_ctrl_c_stops_cleanly(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with serve(tiny_checkpoint, tmp_path) as server:
+        assert server.stop(signal.SIGINT) == 0
+        assert "Traceback" not in server.output
+
+
+def test_a_running_picture_is_finished_before_the_stop(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with serve(tiny_checkpoint, tmp_path) as server, ThreadPoolExecutor(1) as pool:
+        with server.client() as client, server.service_client("diffusion") as diffusion:
+            drawn = pool.submit(client.post, "/api/generate", json=picture(width=256, height=256, steps=80))
+            wait_until(lambda: diffusion.get("/v1/queue").json()["running"], "a picture in the making")
+            assert server.stop(signal.SIGTERM) == 0
+            answer = drawn.result(timeout=10)
+        assert answer.status_code == 200, answer.text
+        assert png_size(answer.content) == (256, 256)
+        assert "Traceback" not in server.output
+
+
+def test_a_killed_supervisor_leaves_nothing_behind(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with serve(tiny_checkpoint, tmp_path) as server:
+        assert len(server.processes()) >= 4
+        server.process.kill()
+        assert server.process.wait(10) == -signal.SIGKILL
+        server.stopped = True
+        wait_until(lambda: not server.processes(), "no service is left", timeout_s=30)
+    with server.client() as client, pytest.raises(httpx2.ConnectError):
+        client.get("/health/live")

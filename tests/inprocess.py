@@ -1,0 +1,75 @@
+"""Runs apps for tests: in memory with their lifespan, or behind a real socket on loopback."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+import httpx2
+import uvicorn
+from fastapi import FastAPI
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+PATIENCE_S = 60.0
+
+
+@asynccontextmanager
+async def started(app: FastAPI) -> AsyncIterator[ASGIApp]:
+    """The app with its lifespan run and its state in every request's scope, as a server has it."""
+    async with app.router.lifespan_context(app) as state:
+
+        async def with_state(scope: Scope, receive: Receive, send: Send) -> None:
+            scope["state"] = dict(state or {})
+            await app(scope, receive, send)
+
+        yield with_state
+
+
+@asynccontextmanager
+async def client_of(app: FastAPI, *, ready: bool = True) -> AsyncIterator[httpx2.AsyncClient]:
+    """A client of the running app; with `ready` it is handed out once the app says that it can work."""
+    async with (
+        started(app) as running,
+        httpx2.AsyncClient(transport=httpx2.ASGITransport(running), base_url="http://test", timeout=None) as client,
+    ):
+        if ready:
+            await until_ready(client)
+        yield client
+
+
+async def until_ready(client: httpx2.AsyncClient) -> None:
+    """Asks until the app is ready."""
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            if (await client.get("/health/ready")).is_success:
+                return
+            await asyncio.sleep(0.01)
+
+
+async def eventually(condition: Callable[[], object]) -> None:
+    """Returns once the condition holds; the test fails when it never does."""
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            if condition():
+                return
+            await asyncio.sleep(0.002)
+
+
+class _Server(uvicorn.Server):
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield  # the signals are pytest's
+
+
+@asynccontextmanager
+async def served(app: ASGIApp) -> AsyncIterator[str]:
+    """The base URL of a real uvicorn server on a free port of loopback, in this event loop."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = _Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=2))
+    running = asyncio.create_task(server.serve(sockets=[listener]))
+    await eventually(lambda: server.started or running.done())
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        await running
