@@ -6,16 +6,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import encode, health, memory, overhead
+from benchmarks import encode, health, history, memory, overhead
 from benchmarks.neighbours import Neighbours
 from benchmarks.processes import serve
 from benchmarks.results import Figure, Findings, show, write
 from benchmarks.setting import Setting
+from services.gateway.settings import GatewaySettings
 from zimage.checkpoints import Size, make_checkpoint
-from zimage.plan import default_data_dir
 
 BENCHMARKS: Mapping[str, Callable[[Setting], Findings]] = {
-    module.NAME: module.run for module in (overhead, health, encode, memory)
+    module.NAME: module.run for module in (overhead, health, encode, history, memory)
 }
 
 
@@ -24,7 +24,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measures what the server costs.")
     parser.add_argument("--only", choices=sorted(BENCHMARKS), action="append", help="run this one; repeatable")
     parser.add_argument("--quick", action="store_true", help="few samples: shows that it works, not how fast")
-    parser.add_argument("--data-dir", type=Path, default=default_data_dir(), help="where checkpoints and logs are kept")
+    parser.add_argument(
+        "--data-dir", type=Path, default=GatewaySettings().data_dir, help="where checkpoints and logs are kept"
+    )
     parser.add_argument("--output", type=Path, help="where the JSON goes; default: <data-dir>/bench.json")
     arguments = parser.parse_args()
     data_dir: Path = arguments.data_dir.resolve()

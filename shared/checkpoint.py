@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shared.wire import ITEM_BYTES, Header, WireError, header_bytes, parse_header
+from shared.wire import ITEM_BYTES, Header, WireError, read_file_header
 
 _FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 
@@ -44,13 +44,9 @@ def weight_headers(folder: Path) -> Iterator[Header]:
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with path.open("rb") as file:
-                prefix = file.read(8)
-                header = parse_header(prefix + file.read(header_bytes(prefix) - 8))
+                yield read_file_header(file)
         except (WireError, OSError) as error:
             raise UnusableModel(f"{path} cannot be read as safetensors: {error}") from None
-        if path.stat().st_size != header.total_bytes:
-            raise UnusableModel(f"{path} is truncated: {path.stat().st_size} of {header.total_bytes} bytes")
-        yield header
 
 
 def checkpoint_dtype(folder: Path) -> str:

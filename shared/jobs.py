@@ -26,6 +26,11 @@ class Job(Generic[T]):
         finally:
             self.cancelled = True
 
+    def cancel(self) -> None:
+        """Gives the job up, and whoever still waits for it. Called in the event loop."""
+        self.cancelled = True
+        self._future.cancel()
+
     def resolve(self, result: T) -> None:
         """Ends the job well. Called from any thread."""
         self._call(self._resolve, result)

@@ -141,7 +141,7 @@ _SENTENCES: Mapping[str, str] = {
 
 
 def from_validation(errors: Sequence[Mapping[str, Any]]) -> ServiceError:
-    """The refusal for pydantic's errors, in our words. Of each `loc` the first part says where, the next which field."""
+    """The refusal for pydantic's errors, in our words. Of each `loc` the first part says where, the next what."""
     if any(error["type"] == "json_invalid" for error in errors):
         return MalformedBody("The request body is not well-formed JSON.")
     sentences = [_sentence(error) for error in errors[:5]]

@@ -5,18 +5,20 @@ header, the header, then the tensors' bytes. This module never looks at those by
 `shared.tensors` turns them into tensors.
 """
 
+import io
 import json
 import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 MEDIA_TYPE = "application/vnd.safetensors"
 PREFIX_BYTES = 8
-MAX_HEADER_BYTES = 1 << 20
+MAX_HEADER_BYTES = 1 << 20  # of a message; a file may say more, as it names every tensor of a model
 MAX_TENSORS = 1024
+MAX_FILE_HEADER_BYTES = 100 << 20  # the limit of safetensors itself
 MAX_RANK = 8
 ALIGNMENT = 8  # safetensors pads its header with spaces so that the data begins on such a boundary
 
@@ -98,13 +100,13 @@ def build_header(tensors: Sequence[TensorMeta], metadata: Mapping[str, str] | No
     return struct.pack("<Q", len(text)) + text
 
 
-def header_bytes(prefix: bytes | bytearray | memoryview) -> int:
-    """Length of prefix and header together, read from the first eight bytes. Raises WireError."""
+def header_bytes(prefix: bytes | bytearray | memoryview, *, limit: int = MAX_HEADER_BYTES) -> int:
+    """Length of prefix and header together, read from the first eight bytes. Raises WireError beyond `limit`."""
     if len(prefix) < PREFIX_BYTES:
         raise WireError("the body is shorter than a safetensors header")
     (length,) = struct.unpack_from("<Q", prefix)
-    if length > MAX_HEADER_BYTES:
-        raise WireError(f"the safetensors header claims {length} bytes, the limit is {MAX_HEADER_BYTES}")
+    if length > limit:
+        raise WireError(f"the safetensors header claims {length} bytes, the limit is {limit}")
     return PREFIX_BYTES + int(length)
 
 
@@ -113,12 +115,30 @@ def parse_header(message: bytes | bytearray | memoryview) -> Header:
     end = header_bytes(message)
     if len(message) < end:
         raise WireError("the body ends within the safetensors header")
+    header = _parse(bytes(message[PREFIX_BYTES:end]))
+    if len(header.tensors) > MAX_TENSORS:
+        raise WireError(f"the safetensors header names more than {MAX_TENSORS} tensors")
+    return header
+
+
+def read_file_header(file: BinaryIO) -> Header:
+    """Reads the header of an open safetensors file. Raises WireError, also when the file's length is another."""
+    prefix = file.read(PREFIX_BYTES)
+    end = header_bytes(prefix, limit=MAX_FILE_HEADER_BYTES)
+    header = _parse(file.read(end - PREFIX_BYTES))
+    size = file.seek(0, io.SEEK_END)
+    if size != header.total_bytes:
+        raise WireError(f"it is truncated: {size} of {header.total_bytes} bytes")
+    return header
+
+
+def _parse(text: bytes) -> Header:
     try:
-        entries = json.loads(bytes(message[PREFIX_BYTES:end]).decode())
+        entries = json.loads(text.decode())
     except (ValueError, RecursionError):
         raise WireError("the safetensors header is not JSON") from None
-    if not isinstance(entries, dict) or len(entries) > MAX_TENSORS + 1:
-        raise WireError(f"the safetensors header is not an object of at most {MAX_TENSORS} tensors")
+    if not isinstance(entries, dict):
+        raise WireError("the safetensors header is not an object")
     metadata = _parse_metadata(entries.pop("__metadata__", {}))
     parsed = sorted((_parse_entry(name, entry) for name, entry in entries.items()), key=lambda item: item[1:])
     offset = 0
@@ -126,7 +146,7 @@ def parse_header(message: bytes | bytearray | memoryview) -> Header:
         if start != offset or stop - start != meta.nbytes:
             raise WireError(f"the offsets of tensor {meta.name[:64]!a} overlap, leave a gap or do not fit its shape")
         offset = stop
-    return Header(tensors=tuple(meta for meta, _, _ in parsed), metadata=metadata, data_start=end)
+    return Header(tensors=tuple(meta for meta, _, _ in parsed), metadata=metadata, data_start=PREFIX_BYTES + len(text))
 
 
 def _parse_metadata(value: Any) -> Mapping[str, str]:

@@ -11,12 +11,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
 
-from services.diffusion.model import Denoising, ModelFacts, ZImageModel
+from services.diffusion.model import DEVICE_ERROR, Denoising, ModelFacts, ZImageModel
 from services.diffusion.png import encode_png, encode_thumbnail
 from shared.device_thread import DeviceThread
 from shared.errors import ClientGone, InternalError, QueueFull, ServiceError, Unready
@@ -129,7 +130,12 @@ class DiffusionEngine:
             self.check_room()
             self._waiting.append(job)
         self.device.wake()
-        drawn = await job.result()
+        try:
+            drawn = await job.result()
+        except asyncio.CancelledError:
+            with self._lock, suppress(ValueError):  # a picture that nobody waits for takes no place in the queue
+                self._waiting.remove(job)
+            raise
         started = time.perf_counter()
         loop = asyncio.get_running_loop()
         png, thumbnail = await loop.run_in_executor(self._encoders, self._encode, drawn)
@@ -163,9 +169,11 @@ class DiffusionEngine:
             log.info("picture cancelled", request_id=job.request.request_id, step=job.step)
         except ServiceError as error:
             job.fail(error)
-        except Exception:  # one bad picture must not end the service
+        except Exception as error:  # one bad picture must not end the service
             log.exception("a picture failed", request_id=job.request.request_id, step=job.step)
             job.fail(InternalError("The picture could not be made; the server's log has the cause."))
+            if isinstance(error, DEVICE_ERROR):
+                raise  # after it every call of the device fails: only a new process helps
         finally:
             self._running.remove(job)
         return True

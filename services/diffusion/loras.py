@@ -16,7 +16,7 @@ from torch import nn
 
 from services.diffusion.settings import LORA_SUFFIX, LoraFile
 from shared.checkpoint import UnusableModel
-from shared.wire import PREFIX_BYTES, Header, WireError, header_bytes, parse_header
+from shared.wire import WireError, read_file_header
 
 PREFIX = "transformer."  # what diffusers puts before every name that it has translated
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"  # [rank, inputs] and [outputs, rank]: the change is UP @ DOWN
@@ -43,22 +43,14 @@ def check_file(path: Path) -> None:
     if path.suffix.lower() != LORA_SUFFIX:
         raise UnusableModel(f"the LoRA {path} is not a {LORA_SUFFIX} file; pickled weights are never loaded")
     try:
-        header = _header(path)
-        size = path.stat().st_size
+        with path.open("rb") as file:
+            header = read_file_header(file)
     except OSError as error:
         raise UnusableModel(f"the LoRA {path} cannot be read: {error.strerror}") from None
     except WireError as error:
-        raise UnusableModel(f"the LoRA {path} is not safetensors: {error}") from None
-    if size != header.total_bytes:
-        raise UnusableModel(f"the LoRA {path} is truncated: {size} of {header.total_bytes} bytes")
+        raise UnusableModel(f"the LoRA {path} cannot be read as safetensors: {error}") from None
     if any("dora_scale" in tensor.name for tensor in header.tensors):  # diffusers would drop them and draw amiss
         raise UnusableModel(f"the LoRA {path} is a DoRA, which cannot be used; give a plain LoRA")
-
-
-def _header(path: Path) -> Header:
-    with path.open("rb") as file:
-        prefix = file.read(PREFIX_BYTES)
-        return parse_header(prefix + file.read(header_bytes(prefix) - PREFIX_BYTES))
 
 
 def _fuse(transformer: Any, lora: LoraFile) -> int:

@@ -29,6 +29,7 @@ from shared.tensors import from_message, pick_device
 from shared.wire import Header
 
 TRAIN_STEPS = 1000  # the model sees (1000 - t) / 1000
+DEVICE_ERROR = torch.AcceleratorError  # of the driver, as a CUDA assert
 PATCH = 2  # latent cells a side of one DiT token
 REHEARSAL = DiffusionParameters(
     width=256, height=176, steps=1, seed=0, guidance_scale=0.0, shift=3.0, long_prompt_mode=LongPromptMode.TRUNCATE

@@ -9,7 +9,7 @@ from typing import Any
 
 import structlog
 
-from services.encoder.model import ModelFacts, TextEncoder
+from services.encoder.model import DEVICE_ERROR, ModelFacts, TextEncoder
 from shared.device_thread import DeviceThread
 from shared.errors import InternalError, InvalidField, QueueFull, ServiceError, Unready
 from shared.jobs import Job
@@ -95,7 +95,7 @@ class EncoderEngine:
             return await asyncio.gather(*(job.result() for job in jobs))
         finally:
             for job in jobs:
-                job.cancelled = True
+                job.cancel()
             with self._lock:  # a text that nobody waits for takes no place in the queue
                 self._waiting = [job for job in self._waiting if not job.cancelled]
 
@@ -119,9 +119,11 @@ class EncoderEngine:
             states = model.hidden_states([job.ids for job in batch], batch[0].layer)
         except ServiceError as error:
             _fail_all(batch, error)
-        except Exception:  # one bad batch must not end the service
+        except Exception as error:  # one bad batch must not end the service
             log.exception("a batch could not be encoded", texts=len(batch))
             _fail_all(batch, InternalError("The text could not be encoded."))
+            if isinstance(error, DEVICE_ERROR):
+                raise  # after it every call of the device fails: only a new process helps
         else:
             for job, item in zip(batch, states, strict=True):
                 if log.is_enabled_for(logging.DEBUG):

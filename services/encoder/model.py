@@ -18,6 +18,7 @@ from shared.checkpoint import checkpoint_dtype, require_parts, require_weights, 
 from shared.errors import InvalidField, OutOfMemory
 from shared.tensors import dtype_of, pick_device, require_memory
 
+DEVICE_ERROR = torch.AcceleratorError  # of the driver, as a CUDA assert
 MEMORY_ADVICE = "free some of it, or choose another device with --text-encoder-device"
 
 log = structlog.get_logger(__name__)

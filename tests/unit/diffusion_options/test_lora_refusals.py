@@ -146,13 +146,13 @@ def a_lokr(folder: Path) -> Path:
 
 REFUSED: dict[Callable[[Path], Path], str] = {
     pickled: "pickled weights are never loaded",
-    pickle_in_disguise: "is not safetensors",
+    pickle_in_disguise: "cannot be read as safetensors",
     missing: "cannot be read: No such file",
     a_folder: "cannot be read",
-    no_bytes: "is not safetensors",
+    no_bytes: "cannot be read as safetensors",
     no_tensors: "is empty",
     truncated: "is truncated",
-    cut_in_the_header: "is not safetensors",
+    cut_in_the_header: "cannot be read as safetensors",
     overlapping: "overlap",
     half_a_pair: "does not fit",
     half_a_pair_of_the_original: "not those of a LoRA",

@@ -12,6 +12,7 @@ from inprocess import eventually
 
 from services.encoder.engine import EncoderEngine, Limits
 from services.encoder.model import TextEncoder
+from shared.device_thread import EXIT_DEVICE_FAILED
 from shared.errors import InternalError, InvalidField, OutOfMemory, QueueFull, Unready
 
 PATIENCE_S = 30.0
@@ -192,6 +193,24 @@ async def test_a_batch_that_breaks_fails_alone(
         assert "library" not in str(failed.value)
         assert len(await engine.encode(["a cat"], layer=-2)) == 1
         assert engine.device.unready_reason() is None
+
+
+async def test_a_device_that_is_lost_ends_the_process(model: Watched) -> None:
+    """After a CUDA assert every later call fails: the service must say so and exit for its supervisor to restart it."""
+    statuses: list[int] = []
+    engine = EncoderEngine(lambda: model, LIMITS, on_failure=statuses.append)
+    engine.device.start()
+    await eventually(lambda: engine.device.unready_reason() is None)
+    model.break_next = [torch.AcceleratorError("CUDA error: device-side assert triggered")]
+    with pytest.raises((InternalError, Unready)) as failed:
+        await engine.encode(["a cat"], layer=-2)
+    assert "CUDA" not in str(failed.value)
+    try:
+        await eventually(lambda: statuses)
+        assert statuses == [EXIT_DEVICE_FAILED]
+        assert engine.device.unready_reason() == "the device failed"
+    finally:
+        await engine.stop()
 
 
 async def test_when_one_text_fails_the_others_of_its_request_are_given_up(model: Watched) -> None:

@@ -57,6 +57,25 @@ async def test_an_end_that_comes_too_late_is_ignored() -> None:
     assert job.cancelled
 
 
+async def test_a_job_that_is_given_up_ends_the_waiting() -> None:
+    job: Job[str] = Job()
+    waiter = asyncio.create_task(job.result())
+    await asyncio.sleep(0)
+    job.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiter
+    assert job.cancelled
+    await in_thread(job.resolve, "late")
+
+
+async def test_giving_up_a_job_that_has_ended_changes_nothing() -> None:
+    job: Job[str] = Job()
+    await in_thread(job.resolve, "done")
+    await asyncio.sleep(0)
+    job.cancel()
+    assert await job.result() == "done"
+
+
 async def test_only_the_first_end_counts() -> None:
     job: Job[str] = Job()
     await in_thread(job.resolve, "first")

@@ -148,7 +148,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a list": ([], "not an object"),
     "a string": ("text", "not an object"),
     "null": (None, "not an object"),
-    "too many tensors": ({f"t{i}": entry("U8", [0], [0, 0]) for i in range(MAX_TENSORS + 2)}, "at most 1024 tensors"),
+    "too many tensors": ({f"t{i}": entry("U8", [0], [0, 0]) for i in range(MAX_TENSORS + 2)}, "more than 1024 tensors"),
     "metadata a list": ({"__metadata__": []}, "metadata is not an object of strings"),
     "metadata a number": ({"__metadata__": {"layer": -2}}, "metadata is not an object of strings"),
     "metadata nested": ({"__metadata__": {"a": {"b": "c"}}}, "metadata is not an object of strings"),
