@@ -1,35 +1,37 @@
 """Write config.example.toml from the services' settings: `.venv/bin/python scripts/config_example.py`.
 
-Every setting that has a key is listed under its table with its description, its flag and variable, and its default. A
-setting without a default, or whose default is a path on the machine that runs this, is commented out. What this doesn't
-know: what any setting does; that stands beside the setting itself.
+Every setting that has a key is listed under its table with its description, its flag and variable, and its default.
+Commented out are settings without a default or with one that differs from machine to machine, and those of services
+that are not written yet. What this doesn't know: what any setting does; that stands beside the setting itself.
 """
 
 from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
-from shared.settings import key_of, panel_of, variable_of
-from zimage.flags import all_fields
+from shared.settings import ServiceSettings, key_of, panel_of, variable_of
+from zimage.flags import COMING, SERVICES, all_fields
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "config.example.toml"
 PROFILE = "default"
 WIDTH = 100
+IDLE = {name for kind in COMING for name in SERVICES[kind].model_fields} - set(ServiceSettings.model_fields)
 HEAD = """\
 # Every key that a configuration file may hold, with its default. Made by scripts/config_example.py: change the settings
 # in services/*/settings.py, not this file.
 #
 # Copy it, keep the lines that you change, and start with `zimage serve --config FILE`. A table at the top level is a
 # profile; `--profile NAME` chooses another than [default]. A flag wins over its ZIMAGE_ variable, that over this file.
-# `zimage config --config FILE` shows what is in force and where each value comes from.
+# `zimage config --config FILE` shows what is in force and where each value comes from. Not a key, so that no file holds
+# it, is the secret ZIMAGE_API_KEY: the bearer token for the server behind --api-url.
 """
 
 
@@ -56,14 +58,14 @@ def _section(table: str, entries: Sequence[str]) -> str:
 
 def _entry(name: str, key: str, field: FieldInfo) -> str:
     flag = f"--{name.replace('_', '-')}, " if panel_of(field) else ""
-    text = f"{sentence(field.description or '')}{_choices(field)}"
+    text = f"{_sentence(field.description or '')}{_choices(field)}{' No effect yet.' * (name in IDLE)}"
     comment = [*textwrap.wrap(text, WIDTH), f"{flag}{variable_of(name)}"]
     default = field.get_default(call_default_factory=True)
-    own = default is None or isinstance(default, Path)  # must be chosen, or differs from machine to machine
-    return "\n".join([*(f"# {line}" for line in comment), f"{'# ' * own}{key} = {_toml(default)}", ""])
+    silent = default is None or isinstance(default, Path) or name in IDLE
+    return "\n".join([*(f"# {line}" for line in comment), f"{'# ' * silent}{key} = {_toml(default)}", ""])
 
 
-def sentence(text: str) -> str:
+def _sentence(text: str) -> str:
     """The text with a capital at its start and a full stop at its end."""
     return f"{text[:1].upper()}{text[1:]}{'' if text.endswith(('.', '.)')) else '.'}"
 
@@ -82,11 +84,9 @@ def _toml(value: Any) -> str:
         case Enum():
             return _toml(value.value)
         case Path():
-            return json.dumps(str(value.relative_to(ROOT) if value.is_relative_to(ROOT) else value))
+            return json.dumps(str(value.relative_to(ROOT)) if value.is_relative_to(ROOT) else "...")
         case bool() | int() | float():
             return str(value).lower()
-        case Mapping():
-            return "{ " + ", ".join(f"{name} = {_toml(item)}" for name, item in value.items()) + " }"
         case list() | tuple():
             return f"[{', '.join(_toml(item) for item in value)}]"
         case _:

@@ -14,13 +14,14 @@ from typing import Any
 import typer.main
 from pydantic.fields import FieldInfo
 
-from shared.settings import key_of
+from shared.settings import ServiceSettings, key_of
 from zimage.cli import app
-from zimage.flags import all_fields
+from zimage.flags import COMING, SERVICES, all_fields
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "README.md"
 BLOCK = re.compile(r"(<!-- flags -->\n).*?(<!-- /flags -->)", re.DOTALL)
+IDLE = {name for kind in COMING for name in SERVICES[kind].model_fields} - set(ServiceSettings.model_fields)
 HEAD = ("| Flag | Key in config.toml | Default | Meaning |", "|---|---|---|---|")
 
 
@@ -48,17 +49,30 @@ def table() -> str:
 
 def _row(option: Any, field: FieldInfo | None) -> str:
     if field is None:
-        default = option.show_default if isinstance(option.show_default, str) else ""
-        return _line(option.opts[0], "", default, option.help)
+        shown = option.show_default
+        return _line(option.opts[0], "", shown if isinstance(shown, str) else None, option.help)
     value = field.get_default(call_default_factory=True)
-    value = value.value if isinstance(value, Enum) else value
-    default = "" if value is None or value is False or value in ((), []) else f"`{value}`"
-    return _line(option.opts[0], key_of(field), default, field.description or "")
+    text = f"{field.description}{' No effect yet.' * (option.name in IDLE)}"
+    return _line(option.opts[0], key_of(field), value, text)
 
 
-def _line(flag: str, key: str, default: str, text: str) -> str:
-    shown = f"`{key}`" if key else ""
-    return f"| `{flag}` | {shown} | {default} | {text.removesuffix('.')} |"
+def _line(flag: str, key: str, default: Any, text: str) -> str:
+    cells = (f"`{flag}`", f"`{key}`" if key else "", _shown(default), text.removesuffix("."))
+    return f"| {' | '.join(cells)} |"
+
+
+def _shown(default: Any) -> str:
+    match default:
+        case None | False | ():
+            return ""
+        case True:
+            return "`true`"
+        case Enum():
+            return f"`{default.value}`"
+        case Path():
+            return "the user's data folder"  # differs from machine to machine
+        case _:
+            return f"`{default}`"
 
 
 if __name__ == "__main__":

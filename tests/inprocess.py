@@ -33,17 +33,17 @@ async def client_of(app: FastAPI, *, ready: bool = True) -> AsyncIterator[httpx2
         httpx2.AsyncClient(transport=httpx2.ASGITransport(running), base_url="http://test", timeout=None) as client,
     ):
         if ready:
-            await until_ready(client)
+            await until(client, "/health/ready", lambda answer: answer.is_success)
         yield client
 
 
-async def until_ready(client: httpx2.AsyncClient) -> None:
-    """Asks until the app is ready."""
+async def until(client: httpx2.AsyncClient, path: str, condition: Callable[[httpx2.Response], object]) -> None:
+    """Asks until the answer is as wanted; the test fails when it never is."""
     async with asyncio.timeout(PATIENCE_S):
         while True:
-            if (await client.get("/health/ready")).is_success:
+            if condition(await client.get(path)):
                 return
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.005)
 
 
 async def eventually(condition: Callable[[], object]) -> None:

@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 
 TARGET = Path(__file__).with_suffix(".svg")
-WIDTH, HEIGHT = 980, 420
+WIDTH, HEIGHT = 980, 510
 STYLE = """
 text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 .page { fill: #ffffff; stroke: #d5dae1; }
@@ -35,8 +35,9 @@ text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neu
 }"""
 
 
-def box(x: int, y: int, width: int, height: int, name: str, notes: list[str], *, kind: str = "box") -> str:
-    """A service: its name, and below it what it does."""
+def box(place: tuple[int, int, int, int], name: str, notes: list[str], *, kind: str = "box") -> str:
+    """A service at (x, y, width, height): its name, and below it what it does."""
+    x, y, width, height = place
     middle = x + width // 2
     lines = [
         f'<rect class="{kind}" x="{x}" y="{y}" width="{width}" height="{height}" rx="10"/>',
@@ -64,24 +65,39 @@ def arrow(start: tuple[int, int], end: tuple[int, int], number: int, notes: list
     return "\n".join(lines)
 
 
+def down(x: int, y1: int, y2: int, number: int, note: str) -> str:
+    """An arrow from top to bottom with its number in the middle and the note to its right."""
+    middle = (y1 + y2) // 2
+    lines = [
+        f'<path class="wire" d="M{x} {y1}V{y2 - 9}"/>',
+        f'<path class="head" d="M{x} {y2}l-5 -9h10z"/>',
+        f'<circle class="badge" cx="{x}" cy="{middle}" r="10"/>',
+        f'<text class="number" x="{x}" y="{middle + 4}" text-anchor="middle">{number}</text>',
+        f'<text class="note" x="{x + 18}" y="{middle + 4}">{escape(note)}</text>',
+    ]
+    return "\n".join(lines)
+
+
 def draw() -> str:
     """The whole picture."""
     parts = [
         f'<rect class="page" x="0.5" y="0.5" width="{WIDTH - 1}" height="{HEIGHT - 1}" rx="14"/>',
-        box(24, 130, 110, 160, "Client", ["curl, Python,", "a browser"]),
-        box(310, 40, 200, 340, "Gateway", GATEWAY, kind="main"),
-        box(726, 40, 230, 150, "Encoder", ["Qwen3 text encoder", "text to hidden states", "many texts a forward"]),
-        box(726, 230, 230, 150, "Diffusion", ["DiT and VAE", "hidden states to PNG", "one thread owns the device"]),
-        arrow((134, 180), (310, 180), 1, ["POST /api/generate", "JSON"]),
-        arrow((510, 85), (726, 85), 2, ["POST /v1/hidden_states", "formatted prompt"]),
-        arrow((726, 150), (510, 150), 3, ["", "hidden states, safetensors"]),
-        arrow((510, 275), (726, 275), 4, ["POST /v1/generate", "the same bytes + parameters"]),
-        arrow((726, 340), (510, 340), 5, ["", "PNG"]),
-        arrow((310, 250), (134, 250), 6, ["", "PNG, X-Seed,"]),
-        '<text class="note" x="222" y="296" text-anchor="middle">Server-Timing</text>',
+        box((24, 120, 116, 160), "Client", ["curl, Python,", "zimage"]),
+        box((310, 30, 200, 340), "Gateway", GATEWAY, kind="main"),
+        box((726, 30, 230, 150), "Encoder", ["Qwen3 text encoder", "text to hidden states", "many texts a forward"]),
+        box((726, 220, 230, 150), "Diffusion", ["DiT and VAE", "hidden states to PNG", "one thread owns the device"]),
+        box((310, 415, 200, 72), "Redis", ["history, on disk"]),
+        arrow((140, 165), (310, 165), 1, ["POST /api/generate", "JSON"]),
+        arrow((510, 75), (726, 75), 2, ["POST /v1/hidden_states", "formatted prompt"]),
+        arrow((726, 140), (510, 140), 3, ["", "hidden states, safetensors"]),
+        arrow((510, 265), (726, 265), 4, ["POST /v1/generate", "the same bytes + parameters"]),
+        arrow((726, 330), (510, 330), 5, ["", "PNG, thumbnail"]),
+        down(410, 370, 415, 6, "request, PNG, thumbnail"),
+        arrow((310, 240), (140, 240), 7, ["", "PNG, X-Seed,"]),
+        '<text class="note" x="225" y="286" text-anchor="middle">Server-Timing</text>',
     ]
     size = f'width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}"'
-    title = "<title>A request's path: client, gateway, encoder, gateway, diffusion, gateway, client</title>"
+    title = "<title>A request's path: client, gateway, encoder, gateway, diffusion, gateway, Redis, client</title>"
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">\n{title}\n<style>{STYLE}\n</style>'
     return "\n".join([head, *parts, "</svg>\n"])
 
@@ -92,12 +108,12 @@ GATEWAY = [
     "applies the template",
     "writes the chat format",
     "",
-    "reads tensor headers,",
-    "never tensor bytes",
+    "passes tensor bytes on,",
+    "never reads them",
     "",
-    "no torch, no numpy",
+    "writes the parameters",
+    "into the PNG",
 ]
 
 if __name__ == "__main__":
     TARGET.write_text(draw(), encoding="utf-8")
-    print(f"wrote {TARGET.name}")

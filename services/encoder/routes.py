@@ -9,7 +9,17 @@ from fastapi import APIRouter, Depends, Request, Response
 from services.encoder.answers import json_answers, tensor_answer
 from services.encoder.engine import EncoderEngine
 from shared import wire
-from shared.errors import ClientGone, InvalidField, MalformedBody, OutOfMemory, QueueFull, Unready, WrongContentType
+from shared.errors import (
+    BodyTooLarge,
+    ClientGone,
+    InternalError,
+    InvalidField,
+    MalformedBody,
+    OutOfMemory,
+    QueueFull,
+    Unready,
+    WrongContentType,
+)
 from shared.problems import responses
 from shared.requests import require_json, until_disconnected
 from shared.responses import ChunkedResponse
@@ -22,7 +32,17 @@ from shared.schemas.encoder import (
     Tokens,
 )
 
-REFUSALS = responses(MalformedBody, WrongContentType, InvalidField, QueueFull, ClientGone, Unready, OutOfMemory)
+REFUSALS = responses(
+    MalformedBody,
+    BodyTooLarge,
+    WrongContentType,
+    InvalidField,
+    QueueFull,
+    ClientGone,
+    InternalError,
+    OutOfMemory,
+    Unready,
+)
 router = APIRouter(prefix="/v1", tags=["encoder"])
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import binascii
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -183,7 +182,7 @@ def thumbnail_of(reply: Reply) -> bytes:
     """The small JPEG that came with a picture, empty where there was none."""
     try:
         return base64.b64decode(reply.headers.get(THUMBNAIL_HEADER, ""), validate=True)
-    except binascii.Error:
+    except ValueError:
         return b""
 
 
@@ -191,10 +190,10 @@ def _read_api_answer(body: bytes) -> Embeddings:
     try:
         answer = HiddenStates.model_validate_json(body)
         data = base64.b64decode(str(answer.hidden_states), validate=True)
-    except (ValidationError, binascii.Error):
+    except ValueError:  # ValidationError and binascii.Error are; so is what text beyond ASCII raises
         raise BadUpstream("The API encoder answered something that is not embeddings.") from None
     meta = TensorMeta("hidden_states", "F32", tuple(answer.shape))
-    if len(meta.shape) != 2 or meta.nbytes != len(data):
+    if len(meta.shape) != 2 or min(meta.shape) < 1 or meta.nbytes != len(data):
         raise BadUpstream("The API encoder's embeddings do not fit the shape that it names.")
     return Embeddings(meta.dtype, meta.shape, memoryview(data))
 
@@ -202,6 +201,6 @@ def _read_api_answer(body: bytes) -> Embeddings:
 def _embeddings(reply: Reply, header: Header, name: str) -> Embeddings:
     meta = header.tensor(name)
     span = header.span(name)
-    if meta is None or len(meta.shape) != 2 or span.stop > len(reply.body):
-        raise WireError(f"the tensor '{name}' is missing, incomplete or not of rank 2")
+    if meta is None or len(meta.shape) != 2 or not all(meta.shape) or span.stop > len(reply.body):
+        raise WireError(f"the tensor '{name}' is missing, empty, incomplete or not of rank 2")
     return Embeddings(meta.dtype, meta.shape, memoryview(reply.body)[span])

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Body, Depends, Request
 
-from services.gateway.routes.refusals import ENCODE, FORMAT
+from services.gateway.routes.refusals import ENCODE, FORMAT, LIST
 from services.gateway.state import Engine
 from shared.requests import require_json, until_disconnected
 from shared.schemas.public import (
@@ -75,7 +75,7 @@ async def format_prompt(
     )
 
 
-@router.get("/templates", summary="Templates for pictures")
+@router.get("/templates", summary="Templates for pictures", responses=LIST)
 async def templates(engine: Engine) -> TemplateList:
     """The names that `template` takes, `default` first."""
     return TemplateList(
@@ -91,7 +91,7 @@ async def templates(engine: Engine) -> TemplateList:
     )
 
 
-@router.get("/rewriters", summary="Templates for the rewriter")
+@router.get("/rewriters", summary="Templates for the rewriter", responses=LIST)
 async def rewriters(engine: Engine) -> RewriterList:
     """Templates of the category `rewriter`."""
     return RewriterList(

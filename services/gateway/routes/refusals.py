@@ -22,6 +22,7 @@ from shared.problems import responses
 BODY = (MalformedBody, UnknownName, BodyTooLarge, WrongContentType, InvalidField, HeadersTooLarge, InternalError)
 UPSTREAM = (QueueFull, ClientGone, BadUpstream, Unready, Unreachable, UpstreamTimeout)
 
+LIST = responses(HeadersTooLarge, InternalError)
 FORMAT = responses(*BODY, BadUpstream, Unready, Unreachable, UpstreamTimeout)
-ENCODE = responses(*BODY, *UPSTREAM)
+ENCODE = responses(*BODY, *UPSTREAM, OutOfMemory)
 GENERATE = responses(*BODY, *UPSTREAM, NumericalError, OutOfMemory)

@@ -310,6 +310,48 @@ async def test_an_error_after_the_answer_began_closes_the_connection() -> None:
     assert metrics.registry.get_sample_value("zimage_requests_total", sample) == 1
 
 
+@pytest.mark.parametrize(("path", "status"), [("/v1/raw", 499), ("/v1/echo", 400)])
+async def test_a_body_that_trickles_is_given_up(
+    app: FastAPI, monkeypatch: pytest.MonkeyPatch, path: str, status: int
+) -> None:
+    monkeypatch.setattr("shared.requests.BODY_TIMEOUT_S", 0.01)
+    pieces = [{"type": "http.request", "body": b'{"text": ', "more_body": True}]
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return pieces.pop() if pieces else await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": path, "headers": headers, "query_string": b""}
+    with structlog.testing.capture_logs() as logs:
+        await app(scope, receive, send)
+    assert not any(message.get("status") == 200 for message in sent)
+    assert [entry["status"] for entry in logs if entry["event"] == "request"] == [status]
+    assert not [entry for entry in logs if entry["log_level"] == "error"]
+
+
+async def test_an_answer_may_take_longer_than_a_body(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shared.requests.BODY_TIMEOUT_S", 0.01)
+    work = Work()
+
+    async def inner(scope: Any, receive: Any, send: Any) -> None:
+        request = Request(scope, receive)
+        await request.body()
+        answer = asyncio.create_task(until_disconnected(request, work()))
+        await asyncio.sleep(0.05)
+        work.release.set()
+        assert await answer == "done"
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    app = RequestContext(inner, metrics=Metrics("m"), max_body_bytes=10)
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://test") as client:
+        assert (await client.post("/", content=b"body")).status_code == 200
+
+
 class Connection:
     """A client whose end of the connection the test holds."""
 

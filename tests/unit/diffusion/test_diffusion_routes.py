@@ -1,0 +1,267 @@
+"""The diffusion service's endpoints on the tiny checkpoint: pictures, refusals, and clients that go away."""
+
+import asyncio
+import base64
+import io
+import json
+import re
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import pytest
+import structlog
+import torch
+from fakes import WatchedModel, embeddings, message, parameters
+from inprocess import client_of, eventually, started, until
+from PIL import Image
+
+from services.diffusion import app as app_module
+from services.diffusion.app import create_app
+from services.diffusion.model import ZImageModel
+from services.diffusion.settings import DiffusionSettings
+from shared.problems import MEDIA_TYPE as PROBLEM
+from shared.wire import MEDIA_TYPE, TensorMeta, build_header
+
+URL = "/v1/generate"
+TENSORS = {"content-type": MEDIA_TYPE}
+
+
+@pytest.fixture(autouse=True)
+def quiet_logs() -> Iterator[None]:
+    with structlog.testing.capture_logs():
+        yield
+
+
+@pytest.fixture
+def model(zimage_model: ZImageModel) -> WatchedModel:
+    return WatchedModel(zimage_model)
+
+
+@pytest.fixture
+def app(model: WatchedModel) -> Any:
+    return create_app(DiffusionSettings(diffusion_max_waiting=2, max_pixels=128 * 128), model=model)
+
+
+@pytest.fixture
+async def client(app: Any, model: WatchedModel) -> AsyncIterator[httpx2.AsyncClient]:
+    async with client_of(app) as client:
+        yield client
+        model.gate.set()
+
+
+async def draw(client: httpx2.AsyncClient, body: bytes | None = None, **headers: str) -> httpx2.Response:
+    return await client.post(URL, content=message() if body is None else body, headers={**TENSORS, **headers})
+
+
+def check_problem(response: httpx2.Response, status: int, code: str) -> dict[str, Any]:
+    assert (response.status_code, response.headers["content-type"]) == (status, PROBLEM)
+    problem: dict[str, Any] = response.json()
+    assert problem["code"] == code
+    return problem
+
+
+async def test_a_picture(client: httpx2.AsyncClient, zimage_model: ZImageModel) -> None:
+    answer = await draw(client, message(width=96, guidance_scale=2.0))
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "image/png")
+    wanted = parameters(width=96, guidance_scale=2.0)
+    picture = zimage_model.start(wanted, embeddings(20), embeddings(5, seed=2))
+    while not picture.finished:
+        zimage_model.step([picture])
+    with Image.open(io.BytesIO(answer.content)) as image:
+        assert np.array_equal(np.asarray(image), zimage_model.decode(picture))
+    with Image.open(io.BytesIO(base64.b64decode(answer.headers["x-thumbnail"], validate=True))) as thumbnail:
+        assert (thumbnail.format, thumbnail.size) == ("JPEG", (96, 64))
+    number = r"dur=\d+\.\d\d"
+    stages = f"queue;{number}, denoise;{number}, decode;{number}, png;{number}"
+    assert re.fullmatch(stages, answer.headers["server-timing"])
+
+
+async def test_the_same_request_gives_the_same_bytes(client: httpx2.AsyncClient) -> None:
+    first, second = await draw(client), await draw(client)
+    assert first.content == second.content
+    assert first.content != (await draw(client, message(seed=8))).content
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+async def test_embeddings_in_any_float(client: httpx2.AsyncClient, dtype: torch.dtype) -> None:
+    body = message(tensors={"text": embeddings(20).to(dtype)}, steps=1)
+    assert (await draw(client, body)).status_code == 200
+
+
+async def test_a_body_in_small_pieces(client: httpx2.AsyncClient) -> None:
+    async def pieces() -> AsyncIterator[bytes]:
+        body = message(steps=1)
+        for start in range(0, len(body), 61):
+            yield body[start : start + 61]
+
+    answer = await client.post(URL, content=pieces(), headers=TENSORS)
+    assert answer.status_code == 200
+
+
+def header_only(dtype: str, shape: tuple[int, ...]) -> bytes:
+    return build_header([TensorMeta("text", dtype, shape)], {"parameters": parameters().model_dump_json()})
+
+
+def filled(value: float) -> bytes:
+    return message(tensors={"text": torch.full((20, 64), value)})
+
+
+REFUSED: dict[str, tuple[bytes, str]] = {
+    "NaN": (filled(float("nan")), "'text' hold values that are not finite"),
+    "infinity": (filled(float("inf")), "'text' hold values that are not finite"),
+    "wrong width": (header_only("F32", (20, 2560)), "'text' must have the shape [tokens, 64], not [20, 2560]"),
+    "rank 3": (header_only("F32", (1, 20, 64)), "'text' must have the shape"),
+    "int8": (header_only("I8", (20, 64)), "'text' must be one of"),
+    "a million rows": (header_only("F32", (1_000_000, 64)), "'text' must have 1 to 40960 tokens, not 1000000"),
+    "no rows": (header_only("F32", (0, 64)), "'text' must have 1 to 40960 tokens, not 0"),
+    "a broken header": (b"\x20" + b"\0" * 7 + b"{" * 32, "safetensors"),
+    "no header": (b"", "safetensors"),
+    "a cut body": (message()[:-10], "shorter or longer"),
+    "a negative is missing": (
+        message(tensors={"text": embeddings(20)}, guidance_scale=2.0),
+        "'negative' is required",
+    ),
+    "too many pixels": (message(raw={"width": 144, "height": 128}), "at most 16384 pixels, not 18432"),
+    "steps": (message(raw={"steps": 101}), "'steps' must be at most 100"),
+    "width": (message(raw={"width": 100}), "'width' must be a multiple of 16"),
+    "a mode": (message(raw={"long_prompt_mode": "squeeze"}), "'long_prompt_mode' must be one of"),
+}
+
+
+@pytest.mark.parametrize(("body", "text"), REFUSED.values(), ids=REFUSED.keys())
+async def test_refusals(client: httpx2.AsyncClient, body: bytes, text: str) -> None:
+    problem = check_problem(await draw(client, body), 422, "invalid_field")
+    assert text in problem["detail"]
+    assert (await draw(client, message(steps=1))).status_code == 200
+
+
+async def test_parameters_that_are_not_json(client: httpx2.AsyncClient) -> None:
+    body = build_header([TensorMeta("text", "F32", (1, 64))], {"parameters": "{"}) + b"\0" * 256
+    check_problem(await draw(client, body), 400, "malformed_body")
+
+
+@pytest.mark.parametrize("content_type", ["application/json", "application/octet-stream", "", "image/png"])
+async def test_another_content_type(client: httpx2.AsyncClient, content_type: str) -> None:
+    answer = await client.post(URL, content=message(), headers={"content-type": content_type})
+    assert MEDIA_TYPE in check_problem(answer, 415, "wrong_content_type")["detail"]
+
+
+async def test_a_body_that_says_it_is_too_large(client: httpx2.AsyncClient) -> None:
+    async def nothing() -> AsyncIterator[bytes]:
+        yield b""
+
+    headers = {**TENSORS, "content-length": str(app_module.MAX_BODY_BYTES + 1)}
+    check_problem(await client.post(URL, content=nothing(), headers=headers), 413, "too_large")
+
+
+async def test_a_full_queue(client: httpx2.AsyncClient, model: WatchedModel) -> None:
+    model.gate.clear()
+    tasks = [asyncio.create_task(draw(client))]
+    await eventually(model.entered.is_set)
+    tasks += [asyncio.create_task(draw(client)) for _ in range(2)]
+
+    await until(client, "/v1/queue", lambda answer: answer.json()["waiting"] == 2)
+    answer = await draw(client)
+    assert check_problem(answer, 429, "queue_full")["detail"].startswith("2 pictures are waiting")
+    assert answer.headers["retry-after"] == "5"
+    model.gate.set()
+    assert [answer.status_code for answer in await asyncio.gather(*tasks)] == [200, 200, 200]
+    assert (await client.get("/v1/queue")).json() == {"running": [], "waiting": 0, "max_waiting": 2}
+
+
+async def test_the_queue_names_what_runs(client: httpx2.AsyncClient, model: WatchedModel) -> None:
+    model.gate.clear()
+    task = asyncio.create_task(draw(client, **{"x-request-id": "picture-1"}))
+    await eventually(model.entered.is_set)
+    queue = (await client.get("/v1/queue")).json()
+    assert queue["running"] == [{"request_id": "picture-1", "step": 0, "steps": 4}]
+    text = (await client.get("/metrics")).text
+    assert 'zimage_diffusion_running{service="diffusion"} 1.0' in text
+    model.gate.set()
+    await task
+
+
+async def test_a_client_that_goes_away_stops_its_picture(app: Any, model: WatchedModel) -> None:
+    gone = asyncio.Event()
+    body = [{"type": "http.request", "body": message(seed=1, steps=100), "more_body": False}]
+
+    async def receive() -> dict[str, Any]:
+        if body:
+            return body.pop()
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    sent: list[Any] = []
+
+    async def send(part: Any) -> None:
+        sent.append(part)
+
+    headers = [(b"content-type", MEDIA_TYPE.encode())]
+    scope = {"type": "http", "method": "POST", "path": URL, "headers": headers, "query_string": b""}
+    async with (
+        started(app) as running,
+        httpx2.AsyncClient(transport=httpx2.ASGITransport(running), base_url="http://test", timeout=None) as client,
+    ):
+        await until(client, "/health/ready", lambda answer: answer.is_success)
+        model.gate.clear()
+        request = asyncio.create_task(running(scope, receive, send))
+        await eventually(model.entered.is_set)
+        gone.set()
+        await request
+        model.gate.set()
+        assert (await draw(client, message(seed=2))).status_code == 200
+    assert model.steps.count((1,)) == 1
+    assert model.steps.count((2,)) == 4
+    assert sent[0]["status"] == 499
+
+
+async def test_a_picture_that_breaks(client: httpx2.AsyncClient, model: WatchedModel) -> None:
+    model.break_next.append(RuntimeError("a library's own text"))
+    answer = await draw(client)
+    check_problem(answer, 500, "internal_error")
+    assert "library" not in answer.text
+    assert (await draw(client)).status_code == 200
+    assert (await client.get("/health/ready")).status_code == 200
+
+
+async def test_model(client: httpx2.AsyncClient) -> None:
+    assert (await client.get("/v1/model")).json() == {
+        "device": "cpu",
+        "dtype": "float32",
+        "text_width": 64,
+        "text_limit": 1504,
+        "max_pixels": 128 * 128,
+    }
+
+
+@pytest.fixture
+def broken_app(tmp_path: Path) -> Any:
+    return create_app(DiffusionSettings(model_path=tmp_path / "gone"))
+
+
+async def test_a_model_that_cannot_be_loaded(broken_app: Any) -> None:
+    statuses: list[int] = []
+    broken_app.state.stop = statuses.append
+    async with client_of(broken_app, ready=False) as client:
+        await eventually(lambda: statuses)
+        assert statuses == [78]
+        assert "does not exist" in check_problem(await client.get("/health/ready"), 503, "unready")["detail"]
+        check_problem(await draw(client), 503, "unready")
+        check_problem(await client.get("/v1/model"), 503, "unready")
+        assert (await client.get("/health/live")).status_code == 200
+        assert (await client.get("/v1/queue")).json()["running"] == []
+
+
+async def test_the_documents_of_openapi(client: httpx2.AsyncClient) -> None:
+    post = (await client.get("/openapi.json")).json()["paths"][URL]["post"]
+    assert set(post["requestBody"]["content"]) == {MEDIA_TYPE}
+    assert set(post["responses"]["200"]["content"]) == {"image/png"}
+    assert {"400", "413", "415", "422", "429", "500", "503"} <= set(post["responses"])
+    for status, response in post["responses"].items():
+        if status != "200":
+            examples = response["content"][PROBLEM]["examples"]
+            assert all(str(example["value"]["status"]) == status for example in examples.values())
+            assert json.dumps(examples)
