@@ -42,7 +42,7 @@ def test_generate(client: httpx2.Client) -> None:
 def test_each_stage_is_timed(client: httpx2.Client) -> None:
     answer = client.post("/api/generate", json={"prompt": "A cat", "width": 64, "height": 64, "steps": 2})
     stages = dict(re.findall(r"(\w+);dur=([\d.]+)", answer.headers["server-timing"]))
-    assert list(stages) == ["encode", "queue", "denoise", "decode", "png", "total"]
+    assert list(stages) == ["encode", "queue", "denoise", "decode", "png", "history", "total"]
     parts = sum(float(value) for name, value in stages.items() if name != "total")
     assert 0 < parts <= float(stages["total"])
 
