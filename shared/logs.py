@@ -54,4 +54,5 @@ def _console_rendering() -> list[Processor]:
 
 
 def _json_rendering() -> list[Processor]:
-    return [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+    traces = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)  # locals hold prompts, keys and megabytes
+    return [structlog.processors.ExceptionRenderer(traces), structlog.processors.JSONRenderer()]

@@ -108,7 +108,7 @@ def _in_time(receive: Receive) -> Receive:
     return receive_in_time
 
 
-def require_json(request: Request) -> None:
+async def require_json(request: Request) -> None:
     """A route dependency: refuses a body that does not say it is JSON. Raises WrongContentType."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json" and not (

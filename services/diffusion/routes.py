@@ -41,13 +41,13 @@ REFUSALS = responses(
 router = APIRouter(prefix="/v1", tags=["diffusion"])
 
 
-def engine_of(request: Request) -> DiffusionEngine:
+async def engine_of(request: Request) -> DiffusionEngine:
     """The engine that the lifespan made."""
     engine: DiffusionEngine = request.state.engine
     return engine
 
 
-def settings_of(request: Request) -> DiffusionSettings:
+async def settings_of(request: Request) -> DiffusionSettings:
     """The service's settings."""
     settings: DiffusionSettings = request.state.settings
     return settings
@@ -57,7 +57,7 @@ Engine = Annotated[DiffusionEngine, Depends(engine_of)]
 Settings = Annotated[DiffusionSettings, Depends(settings_of)]
 
 
-def require_tensors(request: Request) -> None:
+async def require_tensors(request: Request) -> None:
     """Refuses a body that does not say it is safetensors. Raises WrongContentType."""
     if request.headers.get("content-type", "") != wire.MEDIA_TYPE:
         raise WrongContentType(f"Send the embeddings as safetensors with the header 'Content-Type: {wire.MEDIA_TYPE}'.")

@@ -46,7 +46,7 @@ REFUSALS = responses(
 router = APIRouter(prefix="/v1", tags=["encoder"])
 
 
-def engine_of(request: Request) -> EncoderEngine:
+async def engine_of(request: Request) -> EncoderEngine:
     """The engine that the lifespan made."""
     engine: EncoderEngine = request.state.engine
     return engine

@@ -18,17 +18,17 @@ class State(TypedDict):
     history: History | None
 
 
-def _engine(request: Request) -> GatewayEngine:
+async def _engine(request: Request) -> GatewayEngine:
     engine: GatewayEngine = request.state.engine
     return engine
 
 
-def _watch(request: Request) -> Watch:
+async def _watch(request: Request) -> Watch:
     watch: Watch = request.state.watch
     return watch
 
 
-def _history(request: Request) -> History:
+async def _history(request: Request) -> History:
     history: History | None = request.state.history
     if history is None:
         raise Unready("This server keeps no history: it was started without Redis.")

@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx2
 import pytest
-from servers import LONG_PICTURE, Running, picture, png_size, sent, serve, wait_until
+from servers import LONG_PICTURE, Running, free_port, picture, png_size, running, sent, serve, wait_until, zimage
 
 pytestmark = pytest.mark.slow
 
@@ -17,8 +17,8 @@ pytestmark = pytest.mark.slow
 def server(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A server whose queue is short and whose patience with the encoder is, too; instead of the package's."""
     data_dir = tmp_path_factory.mktemp("faults")
-    with serve(tiny_checkpoint, data_dir, ZIMAGE_DIFFUSION_MAX_WAITING="1", ZIMAGE_ENCODE_TIMEOUT_S="2") as running:
-        yield running
+    with serve(tiny_checkpoint, data_dir, ZIMAGE_DIFFUSION_MAX_WAITING="1", ZIMAGE_ENCODE_TIMEOUT_S="2") as started:
+        yield started
 
 
 def health(client: httpx2.Client) -> Any:
@@ -86,15 +86,25 @@ def test_ctrl_c_stops_cleanly(tiny_checkpoint: Path, tmp_path: Path) -> None:
         assert "Traceback" not in server.output
 
 
+def test_ctrl_c_while_it_loads(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    port = free_port()
+    flags = ("--model-path", tiny_checkpoint, "--port", str(port), "--data-dir", tmp_path)
+    with running(zimage("serve", *flags), port, tmp_path) as server:
+        wait_until(lambda: "listens at" in server.output, "the services are being started")
+        assert server.stop(signal.SIGINT) == 0
+        assert "Traceback" not in server.output
+
+
 def test_a_running_picture_is_finished_before_the_stop(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with serve(tiny_checkpoint, tmp_path) as server, ThreadPoolExecutor(1) as pool:
         with server.client() as client, server.service_client("diffusion") as diffusion:
-            drawn = pool.submit(client.post, "/api/generate", json=picture(width=256, height=256, steps=80))
+            drawn = pool.submit(client.post, "/api/generate", json=picture(width=384, height=384, steps=100))
             wait_until(lambda: diffusion.get("/v1/queue").json()["running"], "a picture in the making")
             assert server.stop(signal.SIGTERM) == 0
             answer = drawn.result(timeout=10)
         assert answer.status_code == 200, answer.text
-        assert png_size(answer.content) == (256, 256)
+        assert png_size(answer.content) == (384, 384)
+        assert server.output.index('"event": "stopping"') < server.output.index('"path": "/api/generate"')
         assert "Traceback" not in server.output
 
 
