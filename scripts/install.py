@@ -75,7 +75,9 @@ class Venv:
         tool = uv or self.uv
         quiet = not (show and sys.stderr.isatty())
         if tool:
-            return run([tool, "pip", "install", *["-q"] * quiet, "--python", str(self.python), *what])
+            return run(
+                [tool, "pip", "install", "--compile-bytecode", *["-q"] * quiet, "--python", str(self.python), *what]
+            )
         pip = [str(self.python), "-m", "pip", "--disable-pip-version-check", "install"]
         return run([*pip, *["-qq"] * quiet, *what])
 

@@ -5,10 +5,10 @@ Everything that logs through the standard library (uvicorn, transformers, diffus
 
 import logging
 import sys
-from typing import Literal
+from typing import Any, Literal
 
 import structlog
-from structlog.typing import Processor
+from structlog.typing import EventDict, Processor
 
 LogFormat = Literal["auto", "console", "json"]
 
@@ -20,6 +20,7 @@ def configure_logs(service: str, *, log_format: LogFormat = "auto", debug: bool 
     console = log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
     before: list[Processor] = [
         structlog.contextvars.merge_contextvars,
+        _naming(service),
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.StackInfoRenderer(),
@@ -46,7 +47,16 @@ def configure_logs(service: str, *, log_format: LogFormat = "auto", debug: bool 
     for name in _QUIETER:
         logging.getLogger(name).setLevel(logging.INFO if debug and name == "uvicorn.error" else logging.WARNING)
     structlog.contextvars.clear_contextvars()
-    structlog.contextvars.bind_contextvars(service=service)
+
+
+def _naming(service: str) -> Processor:
+    """Names the service in every line, also in those of threads, which have no context of their own."""
+
+    def add_service(_: Any, __: str, event: EventDict) -> EventDict:
+        event["service"] = service
+        return event
+
+    return add_service
 
 
 def _console_rendering() -> list[Processor]:

@@ -16,7 +16,15 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from shared.errors import BodyTooLarge, ClientGone, HeadersTooLarge, InternalError, ServiceError, WrongContentType
+from shared.errors import (
+    BodyTooLarge,
+    ClientGone,
+    HeadersTooLarge,
+    InternalError,
+    ServiceError,
+    Unready,
+    WrongContentType,
+)
 from shared.health import Metrics
 from shared.problems import problem_response
 
@@ -25,6 +33,7 @@ BODY_TIMEOUT_S = 120.0  # a body that trickles in for longer counts as a client 
 REQUEST_ID = "X-Request-ID"
 _REQUEST_ID_FORM = re.compile(r"[A-Za-z0-9._-]{8,64}")
 _QUIET_PATHS = ("/health", "/metrics")
+_STOPPED = "The server stopped before the answer was ready."
 _UNKNOWN = "Something went wrong in the server; its log has the cause under this request id."
 
 T = TypeVar("T")
@@ -59,19 +68,38 @@ class RequestContext:
 
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             try:
-                if (error := self._refusal(headers)) is not None:
+                error = self._refusal(headers) or await self._run(scope, _in_time(receive), send_with_id)
+                if error is not None and not status:
                     await problem_response(error, request_id)(scope, receive, send_with_id)
-                else:
-                    await self.app(scope, _in_time(receive), send_with_id)
-            except ClientDisconnect:
-                log.info("the client went away while it sent its body")
-            except Exception:  # the last line of defence: logged here, told without its text
-                log.exception("a request failed unexpectedly")
-                if status:
-                    raise  # the answer has begun: closing the connection is the only honest end
-                await problem_response(InternalError(_UNKNOWN), request_id)(scope, receive, send_with_id)
             finally:
                 self._record(scope, status or ClientGone.status, time.perf_counter() - started)
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> ServiceError | None:
+        """Runs the app; answers what the client is to be told where the app told nothing.
+
+        An answer that had begun ends with its connection: that is the only honest way left.
+        """
+        begun = False
+
+        async def noting_send(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noting_send)
+        except ClientDisconnect:
+            log.info("the client went away while it sent its body")
+        except asyncio.CancelledError:  # by the server, when its time to stop is up
+            if begun:
+                raise
+            return Unready(_STOPPED, retry_after_s=5)
+        except Exception:  # the last line of defence: logged here, told without its text
+            log.exception("a request failed unexpectedly")
+            if begun:
+                raise
+            return InternalError(_UNKNOWN)
+        return None
 
     def _refusal(self, headers: Headers) -> ServiceError | None:
         if sum(len(name) + len(value) for name, value in headers.raw) > MAX_HEADER_BYTES:

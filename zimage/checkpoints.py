@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
 from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from zimage.tokenizer import save_tokenizer, train_tokenizer
 
 AXES_LENS = (1536, 512, 512)  # of the published checkpoint: 1504 tokens of text, 512 patches a side
 LATENT_CHANNELS = 16
 SCALING_FACTOR, SHIFT_FACTOR = 0.3611, 0.1159
-FORMAT_VERSION = 1  # raise it when the layout below changes: older directories are then made anew
+FORMAT_VERSION = 2  # raise it when the layout below changes: older directories are then made anew
 
 
 class Size(StrEnum):
@@ -54,9 +55,9 @@ SHAPES = {
         vae_channels=(8, 16, 16, 16),
     ),
     Size.BENCH: Shape(
-        text_width=1024,
-        text_layers=8,
-        text_heads=8,
+        text_width=256,
+        text_layers=36,
+        text_heads=4,
         heads=8,
         axes_dims=(32, 48, 48),
         layers=8,
@@ -83,6 +84,7 @@ def make_checkpoint(folder: Path, *, size: Size = Size.TINY, dtype: str = "bfloa
             "transformer": _transformer(shape),
             "vae": _vae(shape),
         }
+    transformers_logging.disable_progress_bar()  # a shard of kilobytes is written before a bar is drawn
     for name, part in parts.items():
         torch.nn.Module.to(part, torch_dtype)  # past diffusers' own `to`, which warns of parts that this model lacks
         part.save_pretrained(folder / name)

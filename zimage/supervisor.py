@@ -16,13 +16,15 @@ from typing import Self
 import httpx2
 import structlog
 
+from services.gateway.settings import GatewaySettings
 from shared.serving import EXIT_UNUSABLE, LIFELINE, SOCKET_FD
+from shared.settings import read_settings
 from zimage.logbook import Logbook
 from zimage.plan import GATEWAY, REDIS, CannotStart, ServicePlan
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 HEALTHY_AFTER_S = 60.0  # a process that lived this long starts again after the first pause
-STOP_TIMEOUT_S = 35.0  # the services give running requests 30 s
+STOP_MARGIN_S = 5.0  # beyond what the services give running requests
 POLL_S = 0.1
 
 log = structlog.get_logger(__name__)
@@ -34,7 +36,8 @@ class Supervisor:
     def __init__(self, plans: Sequence[ServicePlan], logbook: Logbook) -> None:
         self.plans = plans
         self._logbook = logbook
-        self._services = [_Service(plan, logbook) for plan in plans]
+        stop_timeout_s = read_settings(GatewaySettings).shutdown_timeout_s + STOP_MARGIN_S
+        self._services = [_Service(plan, logbook, stop_timeout_s) for plan in plans]
         self._keepers: list[asyncio.Task[None]] = []
 
     @property
@@ -91,7 +94,8 @@ class Supervisor:
 class _Service:
     """One process and its successors."""
 
-    def __init__(self, plan: ServicePlan, logbook: Logbook) -> None:
+    def __init__(self, plan: ServicePlan, logbook: Logbook, stop_timeout_s: float) -> None:
+        self._stop_timeout_s = stop_timeout_s
         self.plan = plan
         self._logbook = logbook
         self._process: asyncio.subprocess.Process | None = None
@@ -135,7 +139,7 @@ class _Service:
         with suppress(ProcessLookupError):
             process.terminate()
         try:
-            await asyncio.wait_for(process.wait(), STOP_TIMEOUT_S)
+            await asyncio.wait_for(process.wait(), self._stop_timeout_s)
         except TimeoutError:
             log.warning("a service did not stop in time and is killed", name=self.plan.name)
             with suppress(ProcessLookupError):

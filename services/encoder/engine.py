@@ -15,6 +15,7 @@ from shared.errors import InternalError, InvalidField, QueueFull, ServiceError, 
 from shared.jobs import Job
 from shared.tensors import describe
 
+QUICK_CHARS = 2_000  # texts up to this are tokenized in the event loop: quicker than a thread could be asked
 SHORTEST = 16  # tokens; texts below it count as this long when lengths are compared
 LENGTH_RATIO = 2.0  # texts share a forward when none is more than this many times as long as another
 
@@ -71,7 +72,11 @@ class EncoderEngine:
 
     async def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text. Raises Unready, InvalidField."""
-        token_ids = await asyncio.to_thread(self.device.model.tokenize, texts)
+        model = self.device.model
+        if sum(map(len, texts)) <= QUICK_CHARS:
+            token_ids = model.tokenize(texts)
+        else:
+            token_ids = await asyncio.to_thread(model.tokenize, texts)
         longest = max(len(ids) for ids in token_ids)
         if longest > self.limits.max_tokens:
             raise InvalidField(f"A text has {longest} tokens, the limit is {self.limits.max_tokens}.")
