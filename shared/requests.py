@@ -91,9 +91,9 @@ class RequestContext:
         except ClientDisconnect:
             log.info("the client went away while it sent its body")
         except asyncio.CancelledError:  # by the server, when its time to stop is up
-            if begun:
-                raise
-            return Unready(_STOPPED, retry_after_s=5)
+            if not begun:
+                await problem_response(Unready(_STOPPED, retry_after_s=5), scope["request_id"])(scope, receive, send)
+            raise
         except Exception:  # the last line of defence: logged here, told without its text
             log.exception("a request failed unexpectedly")
             if begun:
