@@ -89,12 +89,12 @@ def make_checkpoint(folder: Path, *, size: Size = Size.TINY, dtype: str = "bfloa
         torch.nn.Module.to(part, torch_dtype)  # past diffusers' own `to`, which warns of parts that this model lacks
         part.save_pretrained(folder / name)
     FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
-    (folder / "model_index.json").write_text(json.dumps(_INDEX, indent=2) + "\n")
+    (folder / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")
     stamp.write_text(json.dumps(recipe) + "\n")
     return folder
 
 
-_INDEX = {
+MODEL_INDEX = {
     "_class_name": "ZImagePipeline",
     "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
     "text_encoder": ["transformers", "Qwen3ForCausalLM"],

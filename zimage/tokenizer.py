@@ -1,6 +1,7 @@
 """A small tokenizer of Qwen3's kind: byte-level BPE with its special tokens and chat template, trained on our texts."""
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,10 @@ _WORDS = Regex(
 )
 
 
-def train_tokenizer(*, merges: int = 1_000, templates_dir: Path = DEFAULT_DIR) -> Tokenizer:
-    """A tokenizer whose merges are learnt from the project's templates."""
+def train_tokenizer(
+    *, merges: int = 1_000, templates_dir: Path = DEFAULT_DIR, more_texts: Iterable[str] = ()
+) -> Tokenizer:
+    """A tokenizer whose merges are learnt from the project's templates and `more_texts`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -54,7 +57,7 @@ def train_tokenizer(*, merges: int = 1_000, templates_dir: Path = DEFAULT_DIR) -
     trainer = trainers.BpeTrainer(
         vocab_size=len(alphabet) + merges, initial_alphabet=alphabet, min_frequency=2, show_progress=False
     )
-    tokenizer.train_from_iterator(_texts(templates_dir), trainer)
+    tokenizer.train_from_iterator(itertools.chain(_texts(templates_dir), more_texts), trainer)
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in PLAIN_TOKENS])
     return tokenizer

@@ -1,0 +1,139 @@
+"""Second stage: language model and DiT together. The diffusion loss flows into the text through hidden state -2."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, ZImageTransformer2DModel
+from torch import Tensor, nn
+from transformers import Qwen3ForCausalLM
+
+from demo_model import captions
+from demo_model.training.dit import MULTIPLE, new_dit, predict, use_real_rotation
+from demo_model.training.latents import Example, Pool, examples_of, make_pool
+from demo_model.training.loop import Losses, Schedule, run_stage
+from demo_model.training.text import IGNORED, TextBatches, language_loss
+
+SCHEDULE = Schedule(steps=5000, learning_rate=1.2e-3, warmup=200)
+SMALL_ONLY = 0.45  # share of the steps before other sizes than 128x128 come
+SIZES = ((128, 128), (256, 256), (192, 128), (128, 192), (256, 192), (192, 256), (320, 320))
+"""Width and height in pixels; 256x256 has a larger part of the steps than the rest."""
+POOL = {(128, 128): 20_000, (256, 256): 4_000}
+POOL_OTHERS = 600
+BLENDED = 3_000
+BATCH_TOKENS = 32 * 96  # image and text tokens of a batch
+REWRITING = 3  # conversations of the rewriter beside each batch
+LANGUAGE_WEIGHT = 0.1
+SHIFT = 3.0
+PURE_NOISE = 0.15  # share of the examples at sigma 1, where only the text tells what to draw
+
+HIDDEN_LAYER = -2
+
+
+class Pools:
+    """The latents of all sizes, and blended ones of 128x128."""
+
+    def __init__(self, vae: AutoencoderKL, folder: Path) -> None:
+        self._plain: dict[tuple[int, int], Pool] = {}
+        for index, size in enumerate(SIZES):
+            seed = 5_000_000 + 10 * index
+            examples = examples_of(seed, POOL.get(size, POOL_OTHERS), blended=False)
+            path = folder / f"latents-{size[0]}x{size[1]}.safetensors"
+            self._plain[size] = make_pool(vae, path, size, examples, seed=seed + 1)
+        blended = examples_of(6_000_000, BLENDED, blended=True)
+        self._blended = make_pool(vae, folder / "latents-blended.safetensors", SIZES[0], blended, seed=6_000_001)
+
+    def batch(self, rng: random.Random, share: float) -> tuple[list[Example], Tensor]:
+        """Examples of one size and their latents, float32; `share` is how far the training has come, 0 to 1."""
+        kind = rng.random()
+        if share > 0.2 and kind < 0.12:
+            return self._take(self._blended, rng, 32)
+        size = SIZES[0]
+        if share >= SMALL_ONLY and kind > 0.35:
+            size = SIZES[1] if kind < 0.82 else rng.choice(SIZES[2:])
+        tokens = (size[0] // 16) * (size[1] // 16) + 32
+        return self._take(self._plain[size], rng, max(4, BATCH_TOKENS // tokens))
+
+    @staticmethod
+    def _take(pool: Pool, rng: random.Random, count: int) -> tuple[list[Example], Tensor]:
+        chosen = rng.sample(range(len(pool.examples)), count)
+        return [pool.examples[index] for index in chosen], pool.latents[chosen].float()
+
+
+def train_together(
+    text: Qwen3ForCausalLM, vae: AutoencoderKL, batches: TextBatches, folder: Path, device: torch.device
+) -> ZImageTransformer2DModel:
+    """Trains the language model further, and a new DiT with it; answers the DiT."""
+    torch.manual_seed(2)
+    dit = new_dit().to(device)
+    use_real_rotation(dit)
+    pools = Pools(vae, folder / "latents")
+
+    def losses(step: int) -> Losses:
+        rng = random.Random(7_000_000 + step)
+        examples, latents = pools.batch(rng, step / SCHEDULE.steps)
+        latents = latents.to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            states, said, language = _read(text, batches, examples, rng, device)
+            sigma = _sigmas(rng, len(latents), step / SCHEDULE.steps).to(device)
+            noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(step)).to(device)
+            spread = sigma[:, None, None, None]
+            output = predict(dit, (1 - spread) * latents + spread * noise, 1 - sigma, states, said)
+            tokens, targets = batches.rewriting(rng, REWRITING)
+            rewritten = text(tokens.to(device), use_cache=False).logits
+        flow = nn.functional.mse_loss(output.float(), latents - noise)
+        rewrite = language_loss(rewritten, targets.to(device))
+        return {"flow": flow, "caption": LANGUAGE_WEIGHT * language, "rewrite": LANGUAGE_WEIGHT * rewrite}
+
+    run_stage("joint", {"text": text, "dit": dit}, SCHEDULE, losses, folder)
+    return dit
+
+
+def resample(states: Tensor, length: int) -> Tensor:
+    """Hidden states `[tokens, width]` at another length, linearly between neighbours, ends kept."""
+    flat = states.T[None].float()
+    return nn.functional.interpolate(flat, size=length, mode="linear", align_corners=True)[0].T.to(states.dtype)
+
+
+def _read(
+    text: Qwen3ForCausalLM,
+    batches: TextBatches,
+    examples: Sequence[Example],
+    rng: random.Random,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states of the examples' prompts `[n, tokens, width]`, which of them are said, and the language loss."""
+    rows = [batches.prompt_ids(example.prompt(rng)) for example in examples]
+    references = [batches.prompt_ids(captions.canonical(e.reference)) for e in examples if e.reference is not None]
+    every = [*rows, *references]
+    length = max(len(row) for row in every)
+    length += -length % MULTIPLE
+    tokens = batches.pad(every, length)
+    counts = torch.tensor([len(row) for row in every])
+    inside = torch.arange(length)[None] < counts[:, None]
+    output = text(tokens.to(device), use_cache=False, output_hidden_states=True)
+    language = language_loss(output.logits, tokens.masked_fill(~inside, IGNORED).to(device))
+    states = output.hidden_states[HIDDEN_LAYER]
+    if references:
+        states = torch.stack(
+            [
+                _blend(states[i], len(rows[i]), states[len(rows) + i], len(references[i]), examples[i].alpha)
+                for i in range(len(rows))
+            ]
+        )
+    return states[: len(rows)], inside[: len(rows)].to(device), language
+
+
+def _blend(states: Tensor, count: int, reference: Tensor, reference_count: int, alpha: float) -> Tensor:
+    pulled = (1 - alpha) * states[:count] + alpha * resample(reference[:reference_count], count)
+    return torch.cat([pulled, states[count:]])
+
+
+def _sigmas(rng: random.Random, count: int, share: float) -> Tensor:
+    pure = PURE_NOISE if share > 0.3 else 0.3
+    values = []
+    for _ in range(count):
+        base = torch.sigmoid(torch.tensor(rng.gauss(0.0, 1.2))).item()
+        values.append(1.0 if rng.random() < pure else SHIFT * base / (1 + (SHIFT - 1) * base))
+    return torch.tensor(values)

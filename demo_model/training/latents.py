@@ -1,0 +1,130 @@
+"""Pictures of the world as latents, made once and kept in a file: the VAE need not run while the DiT learns."""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from diffusers import AutoencoderKL
+from rich.progress import track
+from torch import Tensor
+
+from demo_model import captions
+from demo_model.captions import EVERYTHING, Said
+from demo_model.render import Tint, render
+from demo_model.training.vae import pixels
+from demo_model.world import Scene, random_scene
+
+ENCODE_PIXELS = 64 * 128 * 128  # pixels of one batch through the VAE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """A picture's scene and how it may be captioned.
+
+    `kind` is "said" (captions name what `said` has), "long", "strange" or "empty" (any words, or none), or "blend":
+    the text of `scene` and that of `reference` are blended at `alpha`.
+    """
+
+    scene: Scene
+    said: Said = EVERYTHING
+    kind: str = "said"
+    reference: Scene | None = None
+    alpha: float = 0.0
+
+    def prompt(self, rng: random.Random) -> str:
+        """A caption, another one at each call."""
+        if self.kind == "strange":
+            return captions.strange_prompt(rng)
+        if self.kind == "empty":
+            return ""
+        if self.kind == "long":
+            return captions.long_prompt(self.scene, rng)
+        return captions.caption(self.scene, self.said, rng)
+
+
+def random_example(rng: random.Random) -> Example:
+    """An example of the training, any kind but "blend"."""
+    scene, kind = random_scene(rng), rng.random()
+    if kind < 0.03:
+        return Example(scene=scene, kind="empty")
+    if kind < 0.08:
+        return Example(scene=captions.settle(scene, Said(size=False, place=False)), kind="strange")
+    if kind < 0.2:
+        return Example(scene=scene, kind="long")
+    said = captions.random_said(rng)
+    return Example(scene=captions.settle(scene, said), said=said)
+
+
+def blended_example(rng: random.Random) -> Example:
+    """An example whose text is pulled towards that of another scene; half of the prompts name no colour."""
+    said = captions.random_said(rng)
+    if rng.random() < 0.5:
+        said = Said(colour=False, background=False, size=rng.random() < 0.5, place=rng.random() < 0.5)
+    alpha = rng.choice((0.3, 0.6, 1.0, rng.random()))
+    return Example(
+        scene=captions.settle(random_scene(rng), said),
+        said=said,
+        kind="blend",
+        reference=random_scene(rng),
+        alpha=alpha,
+    )
+
+
+def draw(example: Example, *, width: int, height: int, rng: random.Random) -> np.ndarray:
+    """The picture that an example asks for, uint8 `[height, width, 3]`.
+
+    A blend takes its shapes from the scene up to alpha 0.75, from the reference above, and mixes the colours.
+    """
+    if example.reference is None:
+        return np.asarray(render(example.scene, width=width, height=height, rng=rng))
+    if example.alpha <= 0.75:
+        tint = Tint(reference=example.reference, alpha=example.alpha)
+        return np.asarray(render(example.scene, width=width, height=height, rng=rng, tint=tint))
+    tint = Tint(reference=example.scene, alpha=1 - example.alpha)
+    return np.asarray(render(example.reference, width=width, height=height, rng=rng, tint=tint))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """Examples of one size with their latents, bfloat16 `[n, 16, height / 8, width / 8]`, mean 0 and spread 1."""
+
+    examples: list[Example]
+    latents: Tensor
+
+
+def examples_of(seed: int, count: int, *, blended: bool) -> list[Example]:
+    """The same examples for the same seed."""
+    rng = random.Random(seed)
+    return [blended_example(rng) if blended else random_example(rng) for _ in range(count)]
+
+
+@torch.no_grad()
+def make_pool(vae: AutoencoderKL, path: Path, size: tuple[int, int], examples: list[Example], *, seed: int) -> Pool:
+    """The examples with their latents, which are read from `path` if it is there, else drawn and written to it.
+
+    `size` is width and height in pixels; `seed` moves the things of each picture a little.
+    """
+    width, height = size
+    if not path.is_file():
+        rng = random.Random(seed)
+        step = max(1, ENCODE_PIXELS // (width * height))
+        parts = [
+            _encode(
+                vae, [draw(example, width=width, height=height, rng=rng) for example in examples[start : start + step]]
+            )
+            for start in track(range(0, len(examples), step), description=f"latents {width}x{height}")
+        ]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        safetensors.torch.save_file({"latents": torch.cat(parts)}, path)
+    return Pool(examples=examples, latents=safetensors.torch.load_file(path)["latents"])
+
+
+def _encode(vae: AutoencoderKL, pictures: list[np.ndarray]) -> Tensor:
+    device = vae.device
+    with torch.autocast(device.type, torch.bfloat16):
+        mean = vae.encode(pixels(pictures).to(device)).latent_dist.mean
+    latents: Tensor = (mean.float() - vae.config.shift_factor) * vae.config.scaling_factor
+    return latents.bfloat16().cpu()

@@ -1,0 +1,131 @@
+"""The demo model's training on a few steps: its forward is diffusers' own, and a stopped run goes on where it was."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+
+from demo_model import captions
+from demo_model.training.dit import new_dit, predict, use_real_rotation
+from demo_model.training.joint import resample
+from demo_model.training.loop import Losses, Schedule, run_stage
+from demo_model.training.text import IGNORED, TextBatches, new_text_model, new_tokenizer
+from demo_model.training.vision import VisionBatches, new_vision_model
+from demo_model.world import random_scene
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return new_tokenizer()
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (20, 12)], ids=["whole", "filled up"])
+def test_the_training_forward_equals_diffusers_own(height: int, width: int) -> None:
+    torch.manual_seed(0)
+    dit = new_dit().eval()
+    for parameter in dit.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    states, counts = torch.randn(2, 64, 192), (50, 41)
+    latents, time = torch.randn(2, 16, height, width), torch.tensor([0.3, 0.7])
+    said = torch.arange(64)[None] < torch.tensor(counts)[:, None]
+    with torch.no_grad():
+        texts = [state[:count] for state, count in zip(states, counts, strict=True)]
+        theirs = torch.stack(dit(list(latents[:, :, None]), time, texts, return_dict=False)[0])[:, :, 0]
+        use_real_rotation(dit)
+        ours = predict(dit, latents, time, states, said)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_stopped_stage_goes_on_with_the_same_steps(tmp_path: Path) -> None:
+    def model() -> nn.Linear:
+        torch.manual_seed(1)
+        return nn.Linear(4, 4)
+
+    def losses(of: nn.Linear) -> Any:
+        def at(step: int) -> Losses:
+            if step == 6 and of is stopped:
+                raise KeyboardInterrupt
+            batch = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+            return {"error": (of(batch) - batch).pow(2).mean()}
+
+        return at
+
+    whole, stopped, resumed = model(), model(), model()
+    schedule = Schedule(steps=10, learning_rate=1e-2, warmup=2)
+    run_stage("whole", {"model": whole}, schedule, losses(whole), tmp_path / "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("demo_model.training.loop.SAVE_EVERY_S", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            run_stage("part", {"model": stopped}, schedule, losses(stopped), tmp_path / "part")
+    seen: list[int] = []
+
+    def rest(step: int) -> Losses:
+        seen.append(step)
+        return losses(resumed)(step)
+
+    run_stage("part", {"model": resumed}, schedule, rest, tmp_path / "part")
+    assert seen == [6, 7, 8, 9]
+    torch.testing.assert_close(resumed.weight, whole.weight)
+
+
+def test_a_finished_stage_only_loads_its_averages(tmp_path: Path) -> None:
+    def losses(step: int) -> Losses:
+        return {"error": model.weight.pow(2).sum()}
+
+    def never(step: int) -> Losses:
+        raise AssertionError(step)
+
+    model = nn.Linear(2, 2)
+    schedule = Schedule(steps=3, learning_rate=1e-2)
+    run_stage("stage", {"model": model}, schedule, losses, tmp_path)
+    again = nn.Linear(2, 2)
+    run_stage("stage", {"model": again}, schedule, never, tmp_path)
+    torch.testing.assert_close(again.weight, model.weight)
+
+
+def test_words_of_the_world_are_single_tokens_and_prompts_stay_short(tokenizer: Tokenizer) -> None:
+    for word in (" circle", " triangle", " background", " purple", " striped", " corner"):
+        assert len(tokenizer.encode(word, add_special_tokens=False).ids) == 1, word
+    texts, rng = TextBatches(tokenizer), random.Random(1)
+    lengths = [len(texts.prompt_ids(captions.training_caption(rng)[1])) for _ in range(200)]
+    assert max(lengths) <= 96
+    assert sorted(lengths)[100] <= 32
+
+
+def test_rewriting_batches_learn_the_answer_only(tokenizer: Tokenizer) -> None:
+    texts = TextBatches(tokenizer)
+    tokens, targets = texts.rewriting(random.Random(2), 8)
+    assert tokens.shape == targets.shape
+    for row, target in zip(tokens, targets, strict=True):
+        learnt = target != IGNORED
+        text = tokenizer.decode(row[learnt].tolist(), skip_special_tokens=False)
+        asked = tokenizer.decode(row[: int(learnt.nonzero()[0])].tolist(), skip_special_tokens=False)
+        assert text.endswith("<|im_end|>")
+        assert "<|im_start|>" not in text
+        assert ("</think>" in text) != ("</think>" in asked)
+
+
+def test_resampling_keeps_the_ends_and_the_length_it_has() -> None:
+    states = torch.randn(64, 8)
+    torch.testing.assert_close(resample(states, 64), states)
+    short = resample(states, 20)
+    assert short.shape == (20, 8)
+    torch.testing.assert_close(short[[0, -1]], states[[0, -1]])
+
+
+def test_the_vision_model_starts_as_the_text_model(tokenizer: Tokenizer) -> None:
+    """Without a picture its language half gives the same states: both share one space from the start."""
+    torch.manual_seed(2)
+    text = new_text_model(tokenizer.get_vocab_size()).eval()
+    texts = TextBatches(tokenizer)
+    vision = new_vision_model(text, VisionBatches(texts).tokens).eval()
+    tokens = torch.tensor([texts.prompt_ids(captions.canonical(random_scene(random.Random(3))))])
+    with torch.no_grad():
+        ours = vision(input_ids=tokens, output_hidden_states=True).hidden_states
+        theirs = text(input_ids=tokens, output_hidden_states=True).hidden_states
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
