@@ -1,10 +1,11 @@
 # Every target runs on one machine with two cores: one thing after another.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help install install-test demo test test-fast check bench lock clean
+.PHONY: help install install-test demo demo-model test test-fast check bench lock clean
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+DEVICE ?= cpu
 BIN := .venv/bin
 
 help: ## show this list
@@ -18,6 +19,11 @@ install-test:
 
 demo: install ## start the server with a small model and draw a picture
 	$(BIN)/zimage demo
+
+demo-model: install-test ## train the demo model anew (hours on a CPU, minutes on CUDA: DEVICE=cuda), and measure it
+	$(BIN)/python -m demo_model train --work-dir build/demo-model --output-dir build/demo-model/checkpoints --device $(DEVICE)
+	$(BIN)/python -m demo_model evaluate --model build/demo-model/checkpoints/z-image \
+		--vision build/demo-model/checkpoints/qwen3-vl --device $(DEVICE)
 
 test: check ## run all checks, then all tests (PYTEST_ARGS goes to pytest)
 	$(BIN)/pytest $(PYTEST_ARGS)
