@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: runs the benchmarks one after the other on one server, prints a table, writes JSON."""
+"""`python -m benchmarks`: runs the benchmarks one after the other, prints a table, writes JSON."""
 
 import argparse
 from collections.abc import Callable, Mapping
@@ -6,16 +6,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import encode, health, history, memory, overhead
+from benchmarks import compiled, demo, encode, engine, health, history, memory, mix, overhead, rewrite
 from benchmarks.neighbours import Neighbours
-from benchmarks.processes import serve
 from benchmarks.results import Figure, Findings, show, write
 from benchmarks.setting import Setting
 from services.gateway.settings import GatewaySettings
-from zimage.checkpoints import Size, make_checkpoint
+from shared.logs import configure_logs
 
 BENCHMARKS: Mapping[str, Callable[[Setting], Findings]] = {
-    module.NAME: module.run for module in (overhead, health, encode, history, memory)
+    module.NAME: module.run
+    for module in (overhead, demo, engine, mix, compiled, health, encode, rewrite, history, memory)
 }
 
 
@@ -29,6 +29,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, help="where the JSON goes; default: <data-dir>/bench.json")
     arguments = parser.parse_args()
+    configure_logs("benchmarks")
     data_dir: Path = arguments.data_dir.resolve()
     data_dir.mkdir(parents=True, exist_ok=True)
     output: Path = arguments.output or data_dir / "bench.json"
@@ -40,10 +41,8 @@ def main() -> None:
 
 def _run(names: list[str], data_dir: Path, *, quick: bool) -> dict[str, Findings]:
     console = Console()
-    model = make_checkpoint(data_dir / "checkpoints" / "bench", size=Size.BENCH, dtype="bfloat16")
     findings = {}
-    with serve(model, data_dir) as server:
-        setting = Setting(server, model, data_dir, quick)
+    with Setting(data_dir, quick=quick) as setting:
         for name in names:
             console.print(f"measuring {name} ...", style="dim")
             neighbours = Neighbours()

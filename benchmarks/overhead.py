@@ -21,32 +21,41 @@ _STAGES = ("encode", "queue", "denoise", "decode", "png")
 
 def run(setting: Setting) -> Findings:
     """Alternates the two ways, each first as often as second, after a picture that warms both up."""
-    pairs = QUICK_PAIRS if setting.quick else PAIRS
     with baseline(setting.model, setting.data_dir / "bench-baseline.log") as script:
-        _pair(setting.server, script, 0)
-        taken = [_pair(setting.server, script, number) for number in range(1, pairs + 1)]
+        count = QUICK_PAIRS if setting.quick else PAIRS
+        taken = pairs(setting.server, script, count, size_px=SIZE_PX, steps=STEPS)
+    return findings(NAME, taken, aim=AIM, threads=script.facts["threads"])
+
+
+def pairs(server: Server, script: Baseline, count: int, *, size_px: int, steps: int) -> list[dict[str, Any]]:
+    """So many pairs of a picture over HTTP and one by the script."""
+    taken = []
+    for number in range(count + 1):
+        prompt = f"Picture {number} of a cat"
+        body = {"prompt": prompt, "width": size_px, "height": size_px, "steps": steps, "seed": number}
+        neighbours = Neighbours()
+        if number % 2:
+            pair = _over_http(server, body) | _by_script(script, body)
+        else:
+            pair = _by_script(script, body) | _over_http(server, body)
+        taken.append(pair | {"others_cores": neighbours.cores()})
+    return taken[1:]
+
+
+def findings(name: str, taken: list[dict[str, Any]], *, aim: float, threads: int) -> Findings:
+    """The figures of such pairs."""
     ours, theirs = [one["server_s"] for one in taken], [one["script_s"] for one in taken]
     rest_ours = [one["server_s"] - one["stages_s"]["encode"] for one in taken]
     rest_theirs = [one["script_s"] - one["script_encode_s"] for one in taken]
     outside = [one["server_s"] - sum(one["stages_s"].values()) for one in taken]
     figures = [
-        Figure(benchmark=NAME, what="server / script, prompt to PNG", value=median_ratio(ours, theirs), aim=AIM),
-        Figure(benchmark=NAME, what="the same without text encoding", value=median_ratio(rest_ours, rest_theirs)),
-        Figure(benchmark=NAME, what="server", value=statistics.median(ours), unit="s"),
-        Figure(benchmark=NAME, what="script", value=statistics.median(theirs), unit="s"),
-        Figure(benchmark=NAME, what="HTTP and gateway", value=1000 * statistics.median(outside), unit="ms"),
+        Figure(benchmark=name, what="server / script, prompt to PNG", value=median_ratio(ours, theirs), aim=aim),
+        Figure(benchmark=name, what="the same without text encoding", value=median_ratio(rest_ours, rest_theirs)),
+        Figure(benchmark=name, what="server", value=statistics.median(ours), unit="s"),
+        Figure(benchmark=name, what="script", value=statistics.median(theirs), unit="s"),
+        Figure(benchmark=name, what="HTTP and gateway", value=1000 * statistics.median(outside), unit="ms"),
     ]
-    return Findings(figures, {"pairs": taken, "threads": script.facts["threads"]})
-
-
-def _pair(server: Server, script: Baseline, number: int) -> dict[str, Any]:
-    body = {"prompt": f"Picture {number} of a cat", "width": SIZE_PX, "height": SIZE_PX, "steps": STEPS, "seed": number}
-    neighbours = Neighbours()
-    if number % 2:
-        taken = _over_http(server, body) | _by_script(script, body)
-    else:
-        taken = _by_script(script, body) | _over_http(server, body)
-    return taken | {"others_cores": neighbours.cores()}
+    return Findings(figures, {"pairs": taken, "threads": threads})
 
 
 def _by_script(script: Baseline, body: dict[str, Any]) -> dict[str, Any]:

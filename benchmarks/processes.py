@@ -74,14 +74,14 @@ def _wait_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
 
 
 class Baseline:
-    """`benchmarks.baseline` as a child: a line of JSON in, a line of JSON out."""
+    """A script without the server as a child: a line of JSON in, a line of JSON out."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
         self.facts = self._read()
 
     def draw(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Makes a picture; answers its seconds."""
+        """Makes a picture, or a text; answers its seconds."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(body) + "\n")
         self._process.stdin.flush()
@@ -97,11 +97,11 @@ class Baseline:
 
 
 @contextmanager
-def baseline(model: Path, log: Path) -> Iterator[Baseline]:
-    """Starts the baseline and hands it out once it is loaded; it ends with its standard input."""
+def baseline(model: Path, log: Path, *, module: str = "benchmarks.baseline") -> Iterator[Baseline]:
+    """Starts a baseline and hands it out once it is loaded; it ends with its standard input."""
     with log.open("w") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.baseline", str(model)],
+            [sys.executable, "-m", module, str(model)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,

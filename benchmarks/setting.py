@@ -1,16 +1,44 @@
 """What every benchmark is given."""
 
-from dataclasses import dataclass
+from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
-from benchmarks.processes import Server
+from benchmarks.processes import Server, serve
+from zimage.checkpoints import Size, make_checkpoint
 
 
-@dataclass(frozen=True, slots=True)
 class Setting:
-    """A server that runs `model`; with `quick` a benchmark takes few samples, to see that it works."""
+    """The data folder, and a server on a random model of moderate size that starts when it is first asked for.
 
-    server: Server
-    model: Path
-    data_dir: Path
-    quick: bool
+    With `quick` a benchmark takes few samples, to see that it works.
+    """
+
+    def __init__(self, data_dir: Path, *, quick: bool) -> None:
+        self.data_dir = data_dir
+        self.quick = quick
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    @cached_property
+    def model(self) -> Path:
+        """The model of moderate size."""
+        return self.checkpoint(Size.BENCH)
+
+    @cached_property
+    def server(self) -> Server:
+        """`zimage serve` on it, ready."""
+        return self._stack.enter_context(serve(self.model, self.data_dir))
+
+    def checkpoint(self, size: Size) -> Path:
+        """A random model of that size, in bfloat16."""
+        return make_checkpoint(self.data_dir / "checkpoints" / size.value, size=size, dtype="bfloat16")

@@ -16,22 +16,22 @@ from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
-from shared.settings import ServiceSettings, key_of, panel_of, variable_of
-from zimage.flags import COMING, SERVICES, all_fields
+from shared.settings import key_of, panel_of, variable_of
+from zimage.flags import all_fields
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "config.example.toml"
 PROFILE = "default"
 WIDTH = 100
-IDLE = {name for kind in COMING for name in SERVICES[kind].model_fields} - set(ServiceSettings.model_fields)
 HEAD = """\
 # Every key that a configuration file may hold, with its default. Made by scripts/config_example.py: change the settings
 # in services/*/settings.py, not this file.
 #
 # Copy it, keep the lines that you change, and start with `zimage serve --config FILE`. A table at the top level is a
 # profile; `--profile NAME` chooses another than [default]. A flag wins over its ZIMAGE_ variable, that over this file.
-# `zimage config --config FILE` shows what is in force and where each value comes from. Not a key, so that no file holds
-# it, is the secret ZIMAGE_API_KEY: the bearer token for the server behind --api-url.
+# `zimage config --config FILE` shows what is in force and where each value comes from. Not keys, so that no file holds
+# them, are the secrets ZIMAGE_API_KEY and ZIMAGE_REWRITER_API_KEY: the bearer tokens for the servers behind --api-url
+# and --rewriter-api-url.
 """
 
 
@@ -58,10 +58,10 @@ def _section(table: str, entries: Sequence[str]) -> str:
 
 def _entry(name: str, key: str, field: FieldInfo) -> str:
     flag = f"--{name.replace('_', '-')}, " if panel_of(field) else ""
-    text = f"{_sentence(field.description or '')}{_choices(field)}{' No effect yet.' * (name in IDLE)}"
+    text = f"{_sentence(field.description or '')}{_choices(field)}"
     comment = [*textwrap.wrap(text, WIDTH), f"{flag}{variable_of(name)}"]
     default = field.get_default(call_default_factory=True)
-    silent = default is None or isinstance(default, Path) or name in IDLE
+    silent = default is None or isinstance(default, Path)
     return "\n".join([*(f"# {line}" for line in comment), f"{'# ' * silent}{key} = {_toml(default)}", ""])
 
 

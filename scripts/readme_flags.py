@@ -14,14 +14,13 @@ from typing import Any
 import typer.main
 from pydantic.fields import FieldInfo
 
-from shared.settings import ServiceSettings, key_of
+from shared.settings import key_of
 from zimage.cli import app
-from zimage.flags import COMING, SERVICES, all_fields
+from zimage.flags import all_fields
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "README.md"
 BLOCK = re.compile(r"(<!-- flags -->\n).*?(<!-- /flags -->)", re.DOTALL)
-IDLE = {name for kind in COMING for name in SERVICES[kind].model_fields} - set(ServiceSettings.model_fields)
 HEAD = ("| Flag | Key in config.toml | Default | Meaning |", "|---|---|---|---|")
 
 
@@ -52,8 +51,7 @@ def _row(option: Any, field: FieldInfo | None) -> str:
         shown = option.show_default
         return _line(option.opts[0], "", shown if isinstance(shown, str) else None, option.help)
     value = field.get_default(call_default_factory=True)
-    text = f"{field.description}{' No effect yet.' * (option.name in IDLE)}"
-    return _line(option.opts[0], key_of(field), value, text)
+    return _line(option.opts[0], key_of(field), value, field.description or "")
 
 
 def _line(flag: str, key: str, default: Any, text: str) -> str:

@@ -5,18 +5,23 @@ Every call has a deadline. An error that another service raised is raised here a
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any, Self
 
 import httpx2
 import structlog
 
 from shared import problems
-from shared.errors import BadUpstream, ServiceError, Unreachable, Unready, UpstreamTimeout, rebuild
+from shared.errors import BadUpstream, QueueFull, ServiceError, Unreachable, Unready, UpstreamTimeout, rebuild
 from shared.requests import REQUEST_ID
 
 CONNECT_TIMEOUT_S = 5.0
+CONNECT_RETRIES = 2
+_LIMITS = httpx2.Limits(max_connections=256, max_keepalive_connections=64, keepalive_expiry=60.0)
+EVENTS = "text/event-stream"
 _ADDED_HEADERS = {"accept-encoding": "identity"}  # tensors and pictures do not shrink
 
 
@@ -29,7 +34,11 @@ class Reply:
 
 
 class ServiceClient:
-    """Calls one service by its base URL."""
+    """Calls one service by its base URL.
+
+    `foreign` is a server that is not ours: of its refusals nothing but the status is told. Connecting is tried again,
+    a request that has been sent is not.
+    """
 
     def __init__(
         self,
@@ -39,16 +48,18 @@ class ServiceClient:
         max_reply_bytes: int,
         headers: Mapping[str, str] | None = None,
         transport: httpx2.AsyncBaseTransport | None = None,
+        foreign: bool = False,
     ) -> None:
         self.name = name
         self.base_url = base_url
+        self._foreign = foreign
         self._max_reply_bytes = max_reply_bytes
         self._http = httpx2.AsyncClient(
             base_url=base_url,
             headers={**_ADDED_HEADERS, **(headers or {})},
             timeout=httpx2.Timeout(None, connect=CONNECT_TIMEOUT_S),
-            limits=httpx2.Limits(max_connections=256, max_keepalive_connections=64, keepalive_expiry=60.0),
-            transport=transport,
+            transport=transport
+            or httpx2.AsyncHTTPTransport(trust_env=False, limits=_LIMITS, retries=CONNECT_RETRIES * foreign),
             trust_env=False,
             follow_redirects=False,
         )
@@ -66,6 +77,10 @@ class ServiceClient:
         """GET, within `timeout_s` seconds. Raises a ServiceError."""
         return await self._call("GET", path, timeout_s=timeout_s)
 
+    async def delete(self, path: str, *, timeout_s: float) -> Reply:
+        """DELETE, within `timeout_s` seconds. Raises a ServiceError."""
+        return await self._call("DELETE", path, timeout_s=timeout_s)
+
     async def post_json(
         self, path: str, body: Any, *, timeout_s: float, headers: Mapping[str, str] | None = None
     ) -> Reply:
@@ -76,31 +91,76 @@ class ServiceClient:
         self, path: str, chunks: Iterable[bytes | memoryview], *, timeout_s: float, headers: Mapping[str, str]
     ) -> Reply:
         """POST of a body in pieces, which are sent as they are, within `timeout_s` seconds. Raises a ServiceError."""
-        pieces = list(chunks)
-        length = {"content-length": str(sum(len(piece) for piece in pieces))}
-        return await self._call("POST", path, timeout_s=timeout_s, headers={**headers, **length}, content=_send(pieces))
+        body, length = _in_pieces(chunks)
+        return await self._call("POST", path, timeout_s=timeout_s, headers={**headers, **length}, content=body)
+
+    def stream(
+        self, path: str, body: Any, *, timeout_s: float, headers: Mapping[str, str] | None = None
+    ) -> AsyncGenerator[httpx2.ServerSentEvent]:
+        """The events that answer a JSON body, the last of them within `timeout_s` seconds. Raises a ServiceError.
+
+        Closing the generator closes the connection.
+        """
+        return self._stream(path, timeout_s=timeout_s, headers=headers, json=body)
+
+    def stream_chunks(
+        self, path: str, chunks: Iterable[bytes | memoryview], *, timeout_s: float, headers: Mapping[str, str]
+    ) -> AsyncGenerator[httpx2.ServerSentEvent]:
+        """The events that answer a body in pieces, as `stream` does it. Raises a ServiceError."""
+        body, length = _in_pieces(chunks)
+        return self._stream(path, timeout_s=timeout_s, headers={**headers, **length}, content=body)
+
+    async def _stream(
+        self, path: str, *, timeout_s: float, headers: Mapping[str, str] | None, **body: Any
+    ) -> AsyncGenerator[httpx2.ServerSentEvent]:
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        sent = {"accept": EVENTS, **_request_id(), **(headers or {})}
+        async with AsyncExitStack() as stack:
+            with self._told(timeout_s):
+                async with asyncio.timeout_at(deadline):
+                    request = self._http.stream("POST", path, headers=sent, **body)
+                    response = await stack.enter_async_context(request)
+                    if not response.is_success:
+                        raise self._error(response, await self._read(response))
+            events, size = aiter(httpx2.EventSource(response, max_event_size=self._max_reply_bytes)), 0
+            while True:
+                with self._told(timeout_s):
+                    async with asyncio.timeout_at(deadline):
+                        event = await anext(events, None)
+                if event is None:
+                    return
+                size += len(event.data)
+                if size > self._max_reply_bytes:
+                    raise BadUpstream(f"The {self.name} service sent more than {self._max_reply_bytes} bytes.")
+                yield event
 
     async def _call(
         self, method: str, path: str, *, timeout_s: float, headers: Mapping[str, str] | None = None, **body: Any
     ) -> Reply:
-        try:
+        with self._told(timeout_s):
             async with asyncio.timeout(timeout_s):
                 request = self._http.stream(method, path, headers={**_request_id(), **(headers or {})}, **body)
                 async with request as response:
                     content = await self._read(response)
+        if response.is_success:
+            return Reply(headers=response.headers, body=content)
+        raise self._error(response, content)
+
+    @contextmanager
+    def _told(self, timeout_s: float) -> Iterator[None]:
+        """Makes our errors of the HTTP library's."""
+        try:
+            yield
         except TimeoutError:
             raise UpstreamTimeout(f"The {self.name} service did not answer within {timeout_s:g} s.") from None
-        except httpx2.TimeoutException:
+        except (httpx2.TimeoutException, httpx2.ConnectError):
             raise Unreachable(f"The {self.name} service cannot be reached.", retry_after_s=2) from None
-        except httpx2.ConnectError:
-            raise Unreachable(f"The {self.name} service cannot be reached.", retry_after_s=2) from None
+        except httpx2.SSEError:
+            raise BadUpstream(f"The {self.name} service answered something that is not events.") from None
         except httpx2.TransportError:
             raise Unreachable(
                 f"The {self.name} service closed the connection before it had answered.", retry_after_s=2
             ) from None
-        if response.is_success:
-            return Reply(headers=response.headers, body=content)
-        raise self._error(response, content)
 
     async def _read(self, response: httpx2.Response) -> bytes:
         pieces, size = [], 0
@@ -111,20 +171,31 @@ class ServiceClient:
             pieces.append(piece)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
+    def rebuilt(self, problem: bytes, *, retry_after_s: int | None = None) -> ServiceError:
+        """The error that a service of ours told as a problem."""
+        try:
+            told = problems.Problem.model_validate_json(problem)
+        except ValueError:
+            return BadUpstream(f"The {self.name} service refused with a broken answer.")
+        error = rebuild(told.code, told.detail, retry_after_s=retry_after_s)
+        if isinstance(error, Unready):
+            return Unready(f"The {self.name} service is not ready yet. {error.detail}", retry_after_s=2)
+        return error or BadUpstream(f"The {self.name} service answered with status {told.status}.")
+
     def _error(self, response: httpx2.Response, content: bytes) -> ServiceError:
-        if response.headers.get("content-type", "").startswith(problems.MEDIA_TYPE):
-            try:
-                problem = problems.Problem.model_validate_json(content)
-            except ValueError:
-                return BadUpstream(f"The {self.name} service refused with a broken answer.")
-            retry_after = response.headers.get("retry-after", "")
-            seconds = int(retry_after) if re.fullmatch("[0-9]{1,6}", retry_after) else None
-            error = rebuild(problem.code, problem.detail, retry_after_s=seconds)
-            if isinstance(error, Unready):
-                return Unready(f"The {self.name} service is not ready yet. {error.detail}", retry_after_s=2)
-            if error is not None:
-                return error
-        return BadUpstream(f"The {self.name} service answered with status {response.status_code}.")
+        retry_after = response.headers.get("retry-after", "")
+        seconds = int(retry_after) if re.fullmatch("[0-9]{1,6}", retry_after) else None
+        if not self._foreign and response.headers.get("content-type", "").startswith(problems.MEDIA_TYPE):
+            return self.rebuilt(content, retry_after_s=seconds)
+        told = f"The {self.name} service answered with status {response.status_code}."
+        busy = response.status_code == HTTPStatus.TOO_MANY_REQUESTS
+        return QueueFull(told, retry_after_s=seconds) if busy else BadUpstream(told)
+
+
+def _in_pieces(chunks: Iterable[bytes | memoryview]) -> tuple[AsyncIterator[bytes], dict[str, str]]:
+    """A body that is sent in these pieces, and the header with its length."""
+    pieces = list(chunks)
+    return _send(pieces), {"content-length": str(sum(len(piece) for piece in pieces))}
 
 
 async def _send(pieces: Iterable[bytes | memoryview]) -> AsyncIterator[bytes]:

@@ -45,6 +45,14 @@ class MethodNotAllowed(ServiceError):
     title = "Method not allowed"
 
 
+class Cancelled(ServiceError):
+    """The request was given up by a DELETE with its id."""
+
+    status = 409
+    code = "cancelled"
+    title = "The request was cancelled"
+
+
 class BodyTooLarge(ServiceError):
     """The body, or one part of it, is larger than the service reads."""
 
@@ -86,7 +94,7 @@ class HeadersTooLarge(ServiceError):
 
 
 class ClientGone(ServiceError):
-    """The client closed its connection; nobody reads this answer, it only reaches the log."""
+    """The client closed its connection, so that only the log has this answer, or took too long to send its body."""
 
     status = 499
     code = "client_gone"
@@ -119,6 +127,22 @@ class Unready(ServiceError):
     status = 503
     code = "unready"
     title = "Not ready"
+
+
+class NotBegun(ServiceError):
+    """The service ended while the request still waited: nothing was done, another attempt costs nothing."""
+
+    status = 503
+    code = "not_begun"
+    title = "The service ended before it had begun"
+
+
+class DeviceFailed(ServiceError):
+    """The device failed while it worked on this request; the service starts anew."""
+
+    status = 503
+    code = "device_failed"
+    title = "The device failed"
 
 
 class Unreachable(ServiceError):

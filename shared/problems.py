@@ -11,12 +11,15 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from shared.errors import (
     BY_CODE,
     BodyTooLarge,
+    ClientGone,
     InternalError,
     InvalidField,
     MalformedBody,
@@ -26,6 +29,7 @@ from shared.errors import (
 )
 
 MEDIA_TYPE = "application/problem+json"
+INCOMPLETE = "The connection closed, or the time was up, before the request body was complete."
 
 
 class Problem(BaseModel):
@@ -58,13 +62,26 @@ def responses(*errors: type[ServiceError]) -> dict[int | str, dict[str, Any]]:
     return documented
 
 
-def problem_response(error: ServiceError, request_id: str | None) -> JSONResponse:
-    """The answer for an error."""
-    problem = Problem(
-        title=error.title, status=error.status, detail=error.detail, code=error.code, request_id=request_id
-    )
+def problem_of(error: ServiceError, request_id: str | None) -> Problem:
+    """What a client is told of an error."""
+    return Problem(title=error.title, status=error.status, detail=error.detail, code=error.code, request_id=request_id)
+
+
+class OpenAIRoute(APIRoute):
+    """A route whose problems have the member `error` besides, where OpenAI's clients look for the sentence."""
+
+
+def openai_error(problem: Problem) -> dict[str, Any]:
+    """The member `error` of an error as OpenAI tells it."""
+    return {"message": problem.detail, "type": problem.title, "param": None, "code": problem.code}
+
+
+def problem_response(error: ServiceError, request_id: str | None, *, route: object = None) -> JSONResponse:
+    """The answer for an error of a route."""
+    problem = problem_of(error, request_id)
+    more = {"error": openai_error(problem)} if isinstance(route, OpenAIRoute) else {}
     headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s is not None else None
-    return JSONResponse(problem.model_dump(), error.status, headers=headers, media_type=MEDIA_TYPE)
+    return JSONResponse({**problem.model_dump(), **more}, error.status, headers=headers, media_type=MEDIA_TYPE)
 
 
 def install_handlers(app: FastAPI) -> None:
@@ -72,15 +89,15 @@ def install_handlers(app: FastAPI) -> None:
 
     async def service_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, ServiceError)  # noqa: S101 - registered for this class only
-        return problem_response(error, request_id_of(request))
+        return _response(request, error)
 
     async def http_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)  # noqa: S101 - registered for this class only
-        return problem_response(_from_http(request, error), request_id_of(request))
+        return _response(request, _from_http(request, error))
 
     async def validation_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for this class only
-        return problem_response(from_validation(error.errors()), request_id_of(request))
+        return _response(request, from_validation(error.errors()))
 
     app.add_exception_handler(ServiceError, service_error)
     app.add_exception_handler(HTTPException, http_error)
@@ -92,8 +109,14 @@ def request_id_of(request: Request) -> str | None:
     return request.scope.get("request_id")
 
 
+def _response(request: Request, error: ServiceError) -> JSONResponse:
+    return problem_response(error, request_id_of(request), route=request.scope.get("route"))
+
+
 def _from_http(request: Request, error: HTTPException) -> ServiceError:
     method, path = request.method, request.url.path[:200]
+    if isinstance(error.__cause__, ClientDisconnect):  # FastAPI takes it for a body that cannot be parsed
+        return ClientGone(INCOMPLETE)
     match error.status_code:
         case HTTPStatus.NOT_FOUND:
             return UnknownName(f"There is nothing at {path}; /docs lists what there is.")

@@ -7,12 +7,14 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import structlog
 from fastapi import Request
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -26,7 +28,7 @@ from shared.errors import (
     WrongContentType,
 )
 from shared.health import Metrics
-from shared.problems import problem_response
+from shared.problems import INCOMPLETE, problem_response
 
 MAX_HEADER_BYTES = 64 << 10
 BODY_TIMEOUT_S = 120.0  # a body that trickles in for longer counts as a client that went away
@@ -40,13 +42,38 @@ T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class BodyLimits:
+    """How many bytes a request's body may have: `usual`, and of paths that begin with a key of `larger` more."""
+
+    usual: int
+    larger: Mapping[str, int] = field(default_factory=dict)
+
+    def of(self, path: str) -> int:
+        """The limit of a path."""
+        return next((limit for prefix, limit in self.larger.items() if path.startswith(prefix)), self.usual)
+
+
+class CountedBodies:
+    """Counts what arrives of bodies of unknown length, up to each path's limit; the counting is the framework's."""
+
+    def __init__(self, app: ASGIApp, *, max_body_bytes: int | BodyLimits) -> None:
+        self.app = app
+        self.limits = _limits(max_body_bytes)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handles one ASGI connection."""
+        limit = self.limits.of(scope.get("path", ""))
+        await RequestBodyLimitMiddleware(self.app, limit)(scope, receive, send)
+
+
 class RequestContext:
     """Gives each request an id (the caller's, if it sent a good one), logs it when it ends and counts it."""
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, max_body_bytes: int | BodyLimits) -> None:
         self.app = app
         self.metrics = metrics
-        self.max_body_bytes = max_body_bytes
+        self.limits = _limits(max_body_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles one ASGI connection."""
@@ -68,7 +95,7 @@ class RequestContext:
 
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             try:
-                error = self._refusal(headers) or await self._run(scope, _in_time(receive), send_with_id)
+                error = self._refusal(headers, scope) or await self._run(scope, _in_time(receive), send_with_id)
                 if error is not None and not status:
                     await problem_response(error, request_id)(scope, receive, send_with_id)
             finally:
@@ -89,7 +116,7 @@ class RequestContext:
         try:
             await self.app(scope, receive, noting_send)
         except ClientDisconnect:
-            log.info("the client went away while it sent its body")
+            return ClientGone(INCOMPLETE)
         except asyncio.CancelledError:  # by the server, when its time to stop is up
             if not begun:
                 await problem_response(Unready(_STOPPED, retry_after_s=5), scope["request_id"])(scope, receive, send)
@@ -101,12 +128,13 @@ class RequestContext:
             return InternalError(_UNKNOWN)
         return None
 
-    def _refusal(self, headers: Headers) -> ServiceError | None:
+    def _refusal(self, headers: Headers, scope: Scope) -> ServiceError | None:
+        max_body_bytes = self.limits.of(scope["path"])
         if sum(len(name) + len(value) for name, value in headers.raw) > MAX_HEADER_BYTES:
             return HeadersTooLarge(f"The request headers are larger than {MAX_HEADER_BYTES} bytes.")
         length = headers.get("content-length", "0")
-        if not length.isascii() or not length.isdigit() or int(length[:20]) > self.max_body_bytes:
-            return BodyTooLarge(f"The request body is larger than {self.max_body_bytes} bytes.")
+        if not length.isascii() or not length.isdigit() or int(length[:20]) > max_body_bytes:
+            return BodyTooLarge(f"The request body is larger than {max_body_bytes} bytes.")
         return None
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
@@ -114,6 +142,10 @@ class RequestContext:
         self.metrics.observe_request(scope["method"], route, status, seconds)
         if not scope["path"].startswith(_QUIET_PATHS):
             log.info("request", method=scope["method"], path=scope["path"], status=status, duration_s=round(seconds, 4))
+
+
+def _limits(given: int | BodyLimits) -> BodyLimits:
+    return given if isinstance(given, BodyLimits) else BodyLimits(given)
 
 
 def _in_time(receive: Receive) -> Receive:

@@ -6,11 +6,10 @@ from importlib.metadata import version
 from typing import Any, Protocol
 
 from fastapi import APIRouter, FastAPI
-from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 
 from shared.health import Metrics, Readiness, health_router
 from shared.problems import install_handlers
-from shared.requests import RequestContext
+from shared.requests import BodyLimits, CountedBodies, RequestContext
 
 
 class Lifespan(Protocol):
@@ -27,7 +26,7 @@ def create_service(
     routers: Sequence[APIRouter],
     readiness: Readiness,
     metrics: Metrics,
-    max_body_bytes: int,
+    max_body_bytes: int | BodyLimits,
 ) -> FastAPI:
     """An app with request ids, limits, problems, health and metrics around the given routers."""
     app = FastAPI(
@@ -35,10 +34,11 @@ def create_service(
         description=description,
         version=version("zimage-server"),
         lifespan=lifespan,
+        redirect_slashes=False,  # DELETE /api/history/ with the index forgotten is not DELETE /api/history
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.stop = _nobody_to_stop
-    app.add_middleware(RequestBodyLimitMiddleware, max_body_size=max_body_bytes)  # counts bodies of unknown length
+    app.add_middleware(CountedBodies, max_body_bytes=max_body_bytes)
     app.add_middleware(RequestContext, metrics=metrics, max_body_bytes=max_body_bytes)
     install_handlers(app)
     app.include_router(health_router(metrics, readiness))

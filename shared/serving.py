@@ -18,6 +18,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from shared.logs import configure_logs
+from shared.protocol import BoundedProtocol
 from shared.settings import InvalidSettings, ServiceSettings, read_settings
 
 EXIT_UNUSABLE = 78  # EX_CONFIG of sysexits.h: starting again would fail again
@@ -45,6 +46,7 @@ def run_service(name: str, settings_type: type[S], create_app: Callable[[S], Fas
     server = Server(
         uvicorn.Config(
             app,
+            http=BoundedProtocol,
             host=host,
             port=port,
             log_config=None,

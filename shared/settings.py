@@ -11,9 +11,10 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import Field, ValidationError
+from platformdirs import user_data_path
+from pydantic import AnyHttpUrl, Field, SecretStr, UrlConstraints, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -24,6 +25,9 @@ CONFIG_FILE, PROFILE = "ZIMAGE_CONFIG", "ZIMAGE_PROFILE"
 DEFAULT_PROFILE = "default"
 DEFAULT_MAX_PIXELS = 4_200_000
 """Width times height of the largest picture: a little over 2048 x 2048."""
+
+
+ServiceUrl = Annotated[AnyHttpUrl, UrlConstraints(allowed_schemes=["http", "https"])]
 
 
 class Device(StrEnum):
@@ -41,6 +45,16 @@ class Dtype(StrEnum):
     AUTO = "auto"
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
+
+
+class Quantization(StrEnum):
+    """Number format that torchao keeps weights in; with `dynamic` what they are multiplied with is converted too."""
+
+    NONE = "none"
+    INT8 = "int8"
+    INT8_DYNAMIC = "int8_dynamic"
+    FP8 = "fp8"
+    FP8_DYNAMIC = "fp8_dynamic"
 
 
 class InvalidSettings(Exception):
@@ -101,10 +115,52 @@ class ServiceSettings(BaseSettings):
 
 
 class ModelSettings(ServiceSettings):
-    """Settings of a service that loads parts of the Z-Image directory."""
+    """Settings of a service that loads parts of the Z-Image directory; `parts` are those folders."""
+
+    parts: ClassVar[tuple[str, ...]]
 
     model_path: Path | None = setting(
         None, key="model_path", panel="Model & device", description="Path to the Z-Image model."
+    )
+
+
+class DataSettings(ServiceSettings):
+    """Settings of a service that keeps files of its own."""
+
+    data_dir: Path = setting(
+        user_data_path("zimage", appauthor=False),
+        key="data_dir",
+        panel="Server",
+        description="Folder for everything that is written: history, logs, pictures, embeddings.",
+    )
+
+
+class UpstreamSettings(ServiceSettings):
+    """Settings of a service that asks the encoder, or an API back end in its place."""
+
+    api_url: ServiceUrl | None = setting(
+        None, key="api.url", panel="API backend", description="URL of an API backend that serves /v1/hidden_states."
+    )
+    api_key: SecretStr | None = setting(None, key="", description="key of the API backend, sent as a bearer token")
+    encoder_url: ServiceUrl = setting(
+        AnyHttpUrl("http://127.0.0.1:7861"), key="encoder.url", description="base URL of the encoder"
+    )
+
+
+class VisionSettings(ServiceSettings):
+    """What the vl service does and the gateway tells of it."""
+
+    vl_model_path: Path | None = setting(
+        None,
+        key="vl.model_path",
+        panel="Vision",
+        description="Path to the Qwen3-VL model; enables vision conditioning.",
+    )
+    vl_device: Device = setting(
+        Device.CPU, key="vl.device", panel="Vision", description="Device for Qwen3-VL (cpu/cuda/mps/auto)."
+    )
+    vl_auto_unload: bool = setting(
+        default=True, key="vl.auto_unload", panel="Vision", description="Unload the model after an extraction."
     )
 
 

@@ -13,6 +13,7 @@ import yaml
 
 from shared.chat import Conversation
 from shared.errors import UnknownName
+from shared.schemas.fields import MAX_PROMPT_CHARS
 from shared.settings import InvalidSettings
 
 DEFAULT_DIR = Path(__file__).resolve().parent.parent / "templates" / "z_image"
@@ -92,7 +93,10 @@ def _read(path: Path) -> Template:
     for key, value in fields.items():
         if key not in _KEYS or not isinstance(value, str):
             raise BrokenTemplate(f"{path}: '{key}' is not one of {', '.join(sorted(_KEYS))} with a text as its value")
-    return Template(name=path.stem, system_prompt=post.content.strip(), **fields)
+    template = Template(name=path.stem, system_prompt=post.content.strip(), **fields)
+    if template.category == REWRITER and not 0 < len(template.system_prompt) <= MAX_PROMPT_CHARS:
+        raise BrokenTemplate(f"{path}: a rewriter needs a text of 1 to {MAX_PROMPT_CHARS} characters")
+    return template
 
 
 def _given(explicit: str | None, otherwise: str | None) -> str | None:

@@ -1,6 +1,6 @@
 """The only torch in `shared`: picks devices and dtypes, and turns tensors into safetensors bytes and back uncopied."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from shared.checkpoint import UnusableModel
-from shared.settings import Device, Dtype
+from shared.settings import Device, Dtype, Quantization
 from shared.wire import Header, TensorMeta, build_header
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -17,6 +17,10 @@ DTYPES: Mapping[str, torch.dtype] = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+DEVICE_ERROR = torch.AcceleratorError
+"""An error of the driver, as a CUDA assert: after it every call of the device fails."""
+INSTALL_TORCHAO = "install it with `uv pip install 'zimage-server[quantization]'`"
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -92,6 +96,39 @@ def dtype_of(wanted: Dtype, checkpoint: str) -> torch.dtype:
     return {"float32": torch.float32, "float64": torch.float32}.get(name, torch.bfloat16)
 
 
+def quantize(
+    module: torch.nn.Module,
+    kind: Quantization,
+    device: torch.device,
+    *,
+    flag: str,
+    wanted: Callable[[torch.nn.Module, str], bool],
+) -> None:
+    """Keeps the weights of the wanted layers in fewer bits, by torchao; `wanted` is asked with layer and name.
+
+    Raises UnusableModel, whose sentence names the flag, where the device or the package for it is missing.
+    """
+    if kind is Quantization.NONE:
+        return
+    if device.type not in ("cpu", "cuda"):
+        raise UnusableModel(f"{flag} runs on the CPU and on NVIDIA GPUs, not on '{device}': leave it out")
+    if kind is Quantization.FP8_DYNAMIC and not _multiplies_fp8(device):
+        raise UnusableModel(
+            f"{flag} needs an NVIDIA GPU of compute capability 8.9 or newer: choose fp8 or int8_dynamic"
+        )
+    try:
+        from torchao import quantization as torchao
+    except ImportError:
+        raise UnusableModel(f"{flag} needs the package torchao: {INSTALL_TORCHAO} or leave it out") from None
+    recipe = {
+        Quantization.INT8: torchao.Int8WeightOnlyConfig,
+        Quantization.INT8_DYNAMIC: torchao.Int8DynamicActivationInt8WeightConfig,
+        Quantization.FP8: torchao.Float8WeightOnlyConfig,
+        Quantization.FP8_DYNAMIC: torchao.Float8DynamicActivationFloat8WeightConfig,
+    }[kind]
+    torchao.quantize_(module, recipe(), filter_fn=wanted)
+
+
 def require_memory(device: torch.device, needed: int, *, what: str, advice: str) -> None:
     """Raises UnusableModel when the device has fewer than `needed` bytes free; `advice` says what to do instead."""
     free = free_memory(device)
@@ -101,10 +138,27 @@ def require_memory(device: torch.device, needed: int, *, what: str, advice: str)
         )
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation on a device failed; what is there is as it was, and less may still fit."""
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY)
+
+
+def total_memory(device: torch.device) -> int | None:
+    """Bytes that the device has in all, or that a container allows; None where that cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    return host_memory_limit()
+
+
 def free_memory(device: torch.device) -> int | None:
     """Bytes that can still be allocated on the device, None where that cannot be told."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
+            device
+        )  # by torch, for its next tensors
+        return torch.cuda.mem_get_info(device)[0] + kept
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     return host_memory()
@@ -121,6 +175,21 @@ def host_memory(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys
         return free * 1024
     cache = _fields(cgroup / "memory.stat")  # files that the kernel drops from memory when it needs it
     return min(free * 1024, limit - used + cache.get("inactive_file", 0) + cache.get("active_file", 0))
+
+
+def host_memory_limit(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes of main memory in all on Linux: the machine's, or what its container allows."""
+    total = _fields(meminfo).get("MemTotal:")
+    if total is None:
+        return None
+    try:
+        return min(total * 1024, int((cgroup / "memory.max").read_text()))
+    except (OSError, ValueError):  # no container, or no limit ("max")
+        return total * 1024
+
+
+def _multiplies_fp8(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def _fields(table: Path) -> dict[str, int]:

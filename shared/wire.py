@@ -128,7 +128,8 @@ def read_file_header(file: BinaryIO) -> Header:
     header = _parse(file.read(end - PREFIX_BYTES))
     size = file.seek(0, io.SEEK_END)
     if size != header.total_bytes:
-        raise WireError(f"it is truncated: {size} of {header.total_bytes} bytes")
+        fault = "truncated" if size < header.total_bytes else "too long"
+        raise WireError(f"it is {fault}: {size} bytes instead of {header.total_bytes}")
     return header
 
 

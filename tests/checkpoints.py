@@ -4,10 +4,16 @@ import contextlib
 import io
 from pathlib import Path
 
-from zimage.checkpoints import make_checkpoint
+from zimage.checkpoints import make_checkpoint, make_vision_checkpoint
 
 
 def make_quietly(folder: Path, *, dtype: str) -> Path:
     """A checkpoint with random weights, made without transformers' progress bars."""
     with contextlib.redirect_stderr(io.StringIO()):
         return make_checkpoint(folder, dtype=dtype)
+
+
+def make_vision_quietly(folder: Path, *, dtype: str) -> Path:
+    """A Qwen3-VL checkpoint with random weights, made as quietly."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        return make_vision_checkpoint(folder, dtype=dtype)

@@ -9,7 +9,7 @@ import pytest
 import structlog
 import torch
 from blockbuster import blockbuster_ctx
-from checkpoints import make_quietly
+from checkpoints import make_quietly, make_vision_quietly
 from hypothesis import settings
 
 settings.register_profile("zimage", deadline=None, max_examples=50, derandomize=True)
@@ -33,6 +33,12 @@ def tiny_checkpoint_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_vision_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3-VL directory with random float32 weights, as wide as the tiny text encoder. Read only."""
+    return make_vision_quietly(tmp_path_factory.mktemp("models") / "tiny-vl", dtype="float32")
+
+
+@pytest.fixture(scope="session")
 def text_encoder(tiny_checkpoint: Path) -> Any:
     """The tiny checkpoint's `TextEncoder`, loaded once in float32."""
     from services.encoder.model import load_text_encoder
@@ -42,9 +48,18 @@ def text_encoder(tiny_checkpoint: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
+def vision_model(tiny_vision_checkpoint: Path) -> Any:
+    """The tiny checkpoint's `VisionModel`, whose weights are loaded on demand."""
+    from services.vl.model import load_vision_model
+    from services.vl.settings import VlSettings
+
+    return load_vision_model(VlSettings(vl_model_path=tiny_vision_checkpoint))
+
+
+@pytest.fixture(scope="session")
 def zimage_model(tiny_checkpoint: Path) -> Any:
     """The tiny checkpoint's `ZImageModel`, loaded once in float32."""
-    from services.diffusion.model import load_zimage
+    from services.diffusion.loading import load_zimage
     from services.diffusion.settings import DiffusionSettings
 
     return load_zimage(DiffusionSettings(model_path=tiny_checkpoint, dit_device="cpu", vae_device="cpu"))

@@ -2,7 +2,8 @@
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,13 +49,19 @@ class WatchedModel(ZImageModel):
     """The real model, whose steps are counted, wait at a gate, and can be made to break."""
 
     def __init__(self, inner: ZImageModel) -> None:
-        self.inner, self.facts = inner, inner.facts
+        self.inner, self.facts, self.parts = inner, inner.facts, inner.parts
+        self.adapters, self.capacity_bytes = inner.adapters, inner.capacity_bytes
+        self.footprint = replace(inner.footprint)
         self.steps: list[tuple[int, ...]] = []  # the seeds of each step's group
+        self.decoded: list[tuple[int, ...]] = []
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Event()
         self.break_next: list[Exception] = []
         self.break_decode: list[Exception] = []
+        self.break_group: Callable[[Sequence[Denoising]], Exception | None] = lambda _: None
+        self.break_device: list[Exception] = []
+        self.free: int | None = None
 
     def read_embeddings(self, *arguments: Any) -> torch.Tensor:
         """As the model does it."""
@@ -64,17 +71,33 @@ class WatchedModel(ZImageModel):
         """As the model does it."""
         return self.inner.start(*arguments)
 
-    def step(self, group: Sequence[Denoising]) -> None:
+    def step(self, group: Sequence[Denoising]) -> Sequence[Denoising]:
         """Waits for the gate, then breaks or steps."""
         self.steps.append(tuple(picture.parameters.seed for picture in group))
         self.entered.set()
         assert self.gate.wait(PATIENCE_S)
         if self.break_next:
             raise self.break_next.pop(0)
-        self.inner.step(group)
+        if (error := self.break_group(group)) is not None:
+            raise error
+        return self.inner.step(group)
 
-    def decode(self, picture: Denoising) -> Any:
+    def decode(self, pictures: Sequence[Denoising]) -> Sequence[Any]:
         """Breaks or decodes."""
+        self.decoded.append(tuple(picture.parameters.seed for picture in pictures))
         if self.break_decode:
             raise self.break_decode.pop(0)
-        return self.inner.decode(picture)
+        return self.inner.decode(pictures)
+
+    def preview(self, picture: Denoising) -> Any:
+        """As the model does it."""
+        return self.inner.preview(picture)
+
+    def free_bytes(self) -> int | None:
+        """What the test says."""
+        return self.free
+
+    def check_device(self) -> None:
+        """Answers, or breaks."""
+        if self.break_device:
+            raise self.break_device.pop(0)

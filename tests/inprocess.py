@@ -10,6 +10,8 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from shared.protocol import BoundedProtocol
+
 PATIENCE_S = 60.0
 
 
@@ -64,8 +66,11 @@ class _Server(uvicorn.Server):
 @asynccontextmanager
 async def served(app: ASGIApp) -> AsyncIterator[str]:
     """The base URL of a real uvicorn server on a free port of loopback, in this event loop."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = _Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=2))
+    opened = socket.create_server(("127.0.0.1", 0))
+    listener = socket.socket(fileno=opened.detach())  # knows that it is TCP: only then asyncio sends without delay
+    server = _Server(
+        uvicorn.Config(app, http=BoundedProtocol, log_config=None, access_log=False, timeout_graceful_shutdown=2)
+    )
     running = asyncio.create_task(server.serve(sockets=[listener]))
     await eventually(lambda: server.started or running.done())
     try:

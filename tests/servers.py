@@ -139,12 +139,20 @@ class Running:
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Sends the signal and answers the exit status, once no process is left."""
+        self.begin_stop(number)
+        return self.wait_stopped()
+
+    def begin_stop(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """Sends the signal."""
         self.stopped = True
         self.process.send_signal(number)
+
+    def wait_stopped(self) -> int:
+        """The exit status, once no process is left."""
         try:
             status = self.process.wait(STOP_S)
         except subprocess.TimeoutExpired:
-            pytest.fail(f"{number.name} did not end it within {STOP_S:g} s:\n{self.output[-4000:]}")
+            pytest.fail(f"it did not end within {STOP_S:g} s:\n{self.output[-4000:]}")
         assert not self.processes(), f"left behind: {self.processes()}"
         return status
 

@@ -4,14 +4,14 @@ import sys
 
 from shared.settings import InvalidSettings
 from zimage.cli import app
-from zimage.plan import CannotStart
+from zimage.errors import CommandFailed
 
 
 def main() -> None:
-    """Runs the command line; what cannot be started ends with one sentence and status 1."""
+    """Runs the command line; what cannot be done ends with one sentence and status 1."""
     try:
         app()
-    except (CannotStart, InvalidSettings) as error:
+    except (CommandFailed, InvalidSettings) as error:
         sys.stderr.write(f"zimage: {error}\n")
         sys.exit(1)
 

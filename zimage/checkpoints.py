@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from tokenizers import Tokenizer
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
 from zimage.tokenizer import save_tokenizer, train_tokenizer
@@ -19,6 +21,8 @@ from zimage.tokenizer import save_tokenizer, train_tokenizer
 AXES_LENS = (1536, 512, 512)  # of the published checkpoint: 1504 tokens of text, 512 patches a side
 LATENT_CHANNELS = 16
 SCALING_FACTOR, SHIFT_FACTOR = 0.3611, 0.1159
+VISION_PATCH = 16
+VISION_LAYERS = 8  # the API reads layers -1 to -6; the first one is changed by the vision tower's own states
 FORMAT_VERSION = 2  # raise it when the layout below changes: older directories are then made anew
 
 
@@ -26,6 +30,7 @@ class Size(StrEnum):
     """How large the random model is."""
 
     TINY = "tiny"
+    SMALL = "small"
     BENCH = "bench"
 
 
@@ -41,6 +46,7 @@ class Shape:
     layers: int
     refiner_layers: int
     vae_channels: tuple[int, int, int, int]
+    vae_attention: bool = True
 
 
 SHAPES = {
@@ -53,6 +59,17 @@ SHAPES = {
         layers=2,
         refiner_layers=1,
         vae_channels=(8, 16, 16, 16),
+    ),
+    Size.SMALL: Shape(  # of the bundled demo model
+        text_width=192,
+        text_layers=6,
+        text_heads=6,
+        heads=4,
+        axes_dims=(16, 24, 24),
+        layers=5,
+        refiner_layers=1,
+        vae_channels=(24, 48, 64, 64),
+        vae_attention=False,
     ),
     Size.BENCH: Shape(
         text_width=256,
@@ -94,6 +111,32 @@ def make_checkpoint(folder: Path, *, size: Size = Size.TINY, dtype: str = "bfloa
     return folder
 
 
+def make_vision_checkpoint(folder: Path, *, size: Size = Size.TINY, dtype: str = "bfloat16", seed: int = 0) -> Path:
+    """Writes a Qwen3-VL checkpoint, whose hidden states are as wide as those of `make_checkpoint`'s text encoder."""
+    recipe = {"size": size.value, "dtype": dtype, "seed": seed, "version": FORMAT_VERSION, "vision": True}
+    stamp = folder / "made_by_zimage.json"
+    if stamp.is_file() and json.loads(stamp.read_text()) == recipe:
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer()
+    save_tokenizer(tokenizer, folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _vision_model(SHAPES[size], tokenizer)
+    transformers_logging.disable_progress_bar()
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    Qwen2VLImageProcessorPil(
+        patch_size=VISION_PATCH,
+        merge_size=2,
+        temporal_patch_size=2,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+        size={"shortest_edge": 64 * 64, "longest_edge": 512 * 512},
+    ).save_pretrained(folder)
+    stamp.write_text(json.dumps(recipe) + "\n")
+    return folder
+
+
 MODEL_INDEX = {
     "_class_name": "ZImagePipeline",
     "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
@@ -118,6 +161,46 @@ def _text_encoder(shape: Shape, vocabulary: int) -> Any:
         tie_word_embeddings=True,
     )
     return Qwen3ForCausalLM(config)
+
+
+def _vision_model(shape: Shape, tokenizer: Tokenizer) -> Any:
+    head = shape.text_width // shape.text_heads
+    config = Qwen3VLConfig(
+        text_config={
+            "vocab_size": tokenizer.get_vocab_size(),
+            "hidden_size": shape.text_width,
+            "intermediate_size": 3 * shape.text_width,
+            "num_hidden_layers": max(VISION_LAYERS, shape.text_layers),
+            "num_attention_heads": shape.text_heads,
+            "num_key_value_heads": max(1, shape.text_heads // 4),
+            "head_dim": head,
+            "max_position_embeddings": 40_960,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1_000_000.0,
+                "mrope_section": [head // 2 - 2 * (head // 6), head // 6, head // 6],
+                "mrope_interleaved": True,
+            },
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": shape.text_width,
+            "intermediate_size": 2 * shape.text_width,
+            "num_heads": 4,
+            "patch_size": VISION_PATCH,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "out_hidden_size": shape.text_width,
+            "num_position_embeddings": 16 * 16,
+            "deepstack_visual_indexes": [0],
+        },
+        image_token_id=tokenizer.token_to_id("<|image_pad|>"),
+        video_token_id=tokenizer.token_to_id("<|video_pad|>"),
+        vision_start_token_id=tokenizer.token_to_id("<|vision_start|>"),
+        vision_end_token_id=tokenizer.token_to_id("<|vision_end|>"),
+        tie_word_embeddings=True,
+    )
+    return Qwen3VLForConditionalGeneration(config)
 
 
 def _transformer(shape: Shape) -> Any:
@@ -145,6 +228,7 @@ def _vae(shape: Shape) -> Any:
         layers_per_block=1,
         latent_channels=LATENT_CHANNELS,
         norm_num_groups=8,
+        mid_block_add_attention=shape.vae_attention,
         scaling_factor=SCALING_FACTOR,
         shift_factor=SHIFT_FACTOR,
         use_quant_conv=False,

@@ -14,10 +14,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from services.gateway.settings import GatewaySettings
+from services.rewriter.settings import BackEndKind, RewriterSettings
 from shared.checkpoint import UnusableModel, require_parts
-from shared.settings import DEFAULT_PROFILE, Device, ModelSettings, ServiceSettings
-from zimage.flags import check_configuration, in_force, set_environment, with_flags, without_effect
-from zimage.plan import DIFFUSION, ENCODER, CannotStart
+from shared.settings import DEFAULT_PROFILE, Device, ModelSettings, ServiceSettings, VisionSettings
+from zimage.flags import check_configuration, in_force, set_environment, with_flags
+from zimage.plan import DIFFUSION, ENCODER, REWRITER, VL, CannotStart, rewriter_back_end, runs_vl
 from zimage.published import Published
 from zimage.serve import serve_until_stopped
 
@@ -36,6 +37,8 @@ class NodeKind(StrEnum):
 
     ENCODER = ENCODER
     DIFFUSION = DIFFUSION
+    REWRITER = REWRITER
+    VL = VL
 
 
 class Dtypes(StrEnum):
@@ -46,9 +49,10 @@ class Dtypes(StrEnum):
 
 
 class Sizes(StrEnum):
-    """Sizes of a random checkpoint: `tiny` for tests, `bench` for benchmarks."""
+    """Sizes of a random checkpoint: `tiny` for tests, `small` as the demo model, `bench` for benchmarks."""
 
     TINY = "tiny"
+    SMALL = "small"
     BENCH = "bench"
 
 
@@ -74,34 +78,44 @@ def serve(*, config: ConfigFile = None, profile: Profile = None, **flags: Any) -
     """Run all services on this machine, and keep them running until Ctrl-C or SIGTERM."""
     set_environment({"config": config, "profile": profile, **flags})
     settings = check_configuration()
-    for name in without_effect():
-        typer.echo(f"zimage: {name} has no effect yet: its service is not part of this version", err=True)
     gateway = settings["gateway"]
     assert isinstance(gateway, GatewaySettings)  # noqa: S101 - by the table that it comes from
     local = [
         kind for kind, absent in ((ENCODER, gateway.use_api_encoder), (DIFFUSION, gateway.encoder_only)) if not absent
     ]
+    rewriter = settings[REWRITER]
+    assert isinstance(rewriter, RewriterSettings)  # noqa: S101 - by the table that it comes from
+    if rewriter_back_end(gateway, rewriter) is BackEndKind.LOCAL and rewriter.reads_model_directory:
+        local.append(REWRITER)
     for kind in local:
-        _require_model(settings[kind], kind)
+        _require_model(settings[kind])
+    if runs_vl(gateway):
+        _require_vision_model(gateway)
     asyncio.run(serve_until_stopped(gateway))
 
 
 @app.command()
 def node(
     kind: Annotated[NodeKind, typer.Argument(help="Which service to run.")],
-    model_path: Annotated[Path | None, typer.Option(help="Path to the Z-Image model.")] = None,
+    model_path: Annotated[Path | None, typer.Option(help="The Z-Image model; for vl the Qwen3-VL model.")] = None,
     device: Annotated[Device | None, typer.Option(help="Device to run on.", show_default="auto")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")] = None,
     port: Annotated[
-        int | None, typer.Option(help="Port to listen on.", show_default="7861 encoder, 7864 diffusion")
+        int | None,
+        typer.Option(help="Port to listen on.", show_default="7861 encoder, 7862 rewriter, 7863 vl, 7864 diffusion"),
     ] = None,
     debug: Annotated[bool | None, typer.Option("--debug", help="Enable debug logging.")] = None,
 ) -> None:
     """Run one service alone, for a gateway on another machine."""
     set_environment({"model_path": model_path, f"{kind}_host": host, f"{kind}_port": port, "debug": debug})
     set_environment(dict.fromkeys(_DEVICES[kind], device))
+    if kind is NodeKind.VL:
+        set_environment({"vl_model_path": model_path})
     settings = check_configuration([kind])[kind]
-    _require_model(settings, kind)
+    if isinstance(settings, VisionSettings):
+        _require_vision_model(settings)
+    elif not isinstance(settings, RewriterSettings) or settings.reads_model_directory:
+        _require_model(settings)
     os.execv(sys.executable, [sys.executable, "-m", f"services.{kind}"])  # noqa: S606 - our own module, no shell
 
 
@@ -118,14 +132,18 @@ def config(*, config: ConfigFile = None, profile: Profile = None) -> None:
 @app.command("make-checkpoint")
 def make_checkpoint(
     folder: Annotated[Path, typer.Argument(help="Where to write it.")],
-    size: Annotated[Sizes, typer.Option(help="tiny for tests, bench for benchmarks.")] = Sizes.TINY,
+    size: Annotated[
+        Sizes, typer.Option(help="tiny for tests, small as the demo model, bench for benchmarks.")
+    ] = Sizes.TINY,
     dtype: Annotated[Dtypes, typer.Option(help="Number format of the weights.")] = Dtypes.BFLOAT16,
     seed: Annotated[int, typer.Option(help="Seed of the random weights.", min=0)] = 0,
+    vision: Annotated[bool, typer.Option("--vision", help="A Qwen3-VL model for vision conditioning.")] = False,
 ) -> None:
     """Write a checkpoint with random weights, in the published layout, to test and to measure with."""
     from zimage import checkpoints  # loads torch, which `zimage --help` and `zimage serve` do without
 
-    checkpoints.make_checkpoint(folder, size=checkpoints.Size(size.value), dtype=dtype.value, seed=seed)
+    make = checkpoints.make_vision_checkpoint if vision else checkpoints.make_checkpoint
+    make(folder, size=checkpoints.Size(size.value), dtype=dtype.value, seed=seed)
     typer.echo(f"wrote {folder}")
 
 
@@ -202,22 +220,36 @@ def examine(
     config: ConfigFile = None,
     profile: Profile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure how much memory pictures take, and keep it for the service.")
+    ] = False,
     **flags: Any,
 ) -> None:
     """Show what this machine has and lacks for `zimage serve` with the same flags; exit status 0 if it could start."""
     from zimage.doctor.report import examine_machine
 
     set_environment({"config": config, "profile": profile, **flags})
-    raise typer.Exit(0 if examine_machine(as_json=as_json) else 1)
+    raise typer.Exit(0 if examine_machine(as_json=as_json, calibrating=calibrate) else 1)
 
 
-_PARTS = {ENCODER: ("text_encoder", "tokenizer"), DIFFUSION: ("transformer", "vae", "scheduler")}
-_DEVICES = {ENCODER: ("text_encoder_device",), DIFFUSION: ("dit_device", "vae_device")}
+_DEVICES = {
+    ENCODER: ("text_encoder_device",),
+    DIFFUSION: ("dit_device", "vae_device"),
+    REWRITER: ("rewriter_device",),
+    VL: ("vl_device",),
+}
 
 
-def _require_model(settings: ServiceSettings, kind: str) -> None:
+def _require_vision_model(settings: VisionSettings) -> None:
+    folder = settings.vl_model_path
+    if folder is None or not (folder / "config.json").is_file():
+        said = "no vision-language model is given" if folder is None else f"{folder} holds no Qwen3-VL model"
+        raise CannotStart(f"{said}: name the directory of one with --vl-model-path")
+
+
+def _require_model(settings: ServiceSettings) -> None:
     assert isinstance(settings, ModelSettings)  # noqa: S101 - by the table that it comes from
     try:
-        require_parts(settings.model_path, *_PARTS[kind])
+        require_parts(settings.model_path, *settings.parts)
     except UnusableModel as error:
         raise CannotStart(str(error)) from None

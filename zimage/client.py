@@ -15,15 +15,15 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from zimage.plan import CannotStart
+from zimage.errors import CommandFailed
 
 CONNECT_TIMEOUT_S = 10.0
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _IHDR = struct.Struct(">8x4x4xII")  # signature, length and name of the first chunk, width, height
 
 
-class NoPicture(CannotStart):
-    """No picture came, or it could not be kept; the text is one sentence for the user."""
+class NoPicture(CommandFailed):
+    """No picture came, or it could not be kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

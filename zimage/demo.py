@@ -45,7 +45,7 @@ class DemoPicture:
 
 
 async def run_demo(picture: DemoPicture) -> None:
-    """Draws the picture into `pictures` of the data directory. Raises CannotStart when that fails."""
+    """Draws the picture into `pictures` of the data directory. Raises CommandFailed when that fails."""
     configure_logs("demo")
     settings = GatewaySettings(port=0)
     data_dir = settings.data_dir

@@ -21,14 +21,14 @@ from rich.console import Console
 from rich.filesize import decimal
 
 from shared.checkpoint import UnusableModel
+from zimage.errors import CommandFailed
 from zimage.hub_errors import explain
-from zimage.plan import CannotStart
 from zimage.published import REPOSITORIES, Published, Repository
 from zimage.weights import read_weights
 
 
-class CannotDownload(CannotStart):
-    """The model did not arrive; the text is one sentence for the user."""
+class CannotDownload(CommandFailed):
+    """The model did not arrive."""
 
 
 def download(model: Published, *, to: Path | None, revision: str | None) -> Path:

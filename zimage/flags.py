@@ -42,8 +42,6 @@ SERVICES: Mapping[str, type[ServiceSettings]] = {
     "rewriter": RewriterSettings,
     "vl": VlSettings,
 }
-COMING = ("rewriter", "vl")
-"""Services that are not written yet: their settings are checked and have no effect."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,13 +103,6 @@ def in_force() -> list[InForce]:
             source = source_of(type(settings), name) if name in settings.model_fields_set else "default"
             rows[name] = InForce(name, getattr(settings, name), source)
     return list(rows.values())
-
-
-def without_effect() -> list[str]:
-    """Settings that were given, but belong to a service that is not written yet. Raises InvalidSettings."""
-    common = ServiceSettings.model_fields
-    settings = check_configuration()
-    return [name for kind in COMING for name in sorted(settings[kind].model_fields_set) if name not in common]
 
 
 def _option(name: str, field: FieldInfo) -> inspect.Parameter:

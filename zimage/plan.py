@@ -7,14 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from services.gateway.settings import GatewaySettings
+from services.rewriter.settings import BackEndKind, RewriterSettings
+from shared.settings import read_settings
 from zimage import redis_server
+from zimage.errors import CommandFailed
 
 LOOPBACK = "127.0.0.1"
-GATEWAY, ENCODER, DIFFUSION, REDIS = "gateway", "encoder", "diffusion", "redis"
+GATEWAY, ENCODER, DIFFUSION, REWRITER, VL, REDIS = "gateway", "encoder", "diffusion", "rewriter", "vl", "redis"
 
 
-class CannotStart(Exception):
-    """Something on this machine is in the way; the text is one sentence for the operator."""
+class CannotStart(CommandFailed):
+    """Something on this machine is in the way of the services."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +66,36 @@ def plan_services(settings: GatewaySettings, environment: Mapping[str, str] | No
         plans.append(_service(ENCODER, listen(LOOPBACK, 0), told))
     if not settings.encoder_only:
         plans.append(_service(DIFFUSION, listen(LOOPBACK, 0), told))
-    urls = {f"ZIMAGE_{plan.name.upper()}_URL": plan.url for plan in plans}
-    return [*plans, _service(GATEWAY, public, {**told, **urls})]
+    back_end = rewriter_back_end(settings, read_settings(RewriterSettings))
+    if back_end is not None:
+        writes = {"ZIMAGE_REWRITER_BACKEND": back_end.value, **_urls(plans)}
+        plans.append(_service(REWRITER, listen(LOOPBACK, 0), {**told, **writes}))
+    if runs_vl(settings):
+        plans.append(_service(VL, listen(LOOPBACK, 0), told))
+    return [*plans, _service(GATEWAY, public, {**told, **_urls(plans)})]
+
+
+def rewriter_back_end(gateway: GatewaySettings, rewriter: RewriterSettings) -> BackEndKind | None:
+    """What writes for the rewriter that runs on this machine; None runs none. Raises CannotStart."""
+    if gateway.rewriter_url is not None:
+        return None
+    if rewriter.rewriter_use_api or rewriter.rewriter_backend is not BackEndKind.AUTO:
+        if rewriter.back_end is BackEndKind.ENCODER and gateway.use_api_encoder:
+            raise CannotStart(
+                "rewriter.backend = 'encoder' needs an encoder on this machine: with --use-api-encoder give "
+                "--rewriter-use-api instead"
+            )
+        return rewriter.back_end
+    return None if gateway.use_api_encoder else BackEndKind.ENCODER
+
+
+def runs_vl(gateway: GatewaySettings) -> bool:
+    """Whether this machine runs a vl service of its own."""
+    return gateway.vl_url is None and gateway.vl_model_path is not None
+
+
+def _urls(plans: Sequence[ServicePlan]) -> dict[str, str]:
+    return {f"ZIMAGE_{plan.name.upper()}_URL": plan.url for plan in plans}
 
 
 def _service(name: str, listener: Listener, environment: Mapping[str, str]) -> ServicePlan:

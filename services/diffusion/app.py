@@ -8,7 +8,8 @@ from typing import TypedDict
 from fastapi import FastAPI
 
 from services.diffusion.engine import DiffusionEngine
-from services.diffusion.model import ZImageModel, load_zimage
+from services.diffusion.loading import limits_of, load_zimage
+from services.diffusion.model import ZImageModel
 from services.diffusion.routes import router
 from services.diffusion.settings import DiffusionSettings
 from shared.health import Metrics
@@ -34,12 +35,15 @@ def create_app(settings: DiffusionSettings, *, model: ZImageModel | None = None)
 
     engine = DiffusionEngine(
         partial(load_zimage, settings) if model is None else lambda: model,
+        limits_of(settings),
         max_waiting=settings.diffusion_max_waiting,
         png_compression=settings.png_compression,
+        memory_bytes=settings.diffusion_memory_bytes,
         on_failure=fail,
     )
-    metrics.gauge("zimage_diffusion_waiting", "Pictures that wait", lambda: engine.waiting)
-    metrics.gauge("zimage_diffusion_running", "Pictures in the making", lambda: len(engine.running))
+    pictures = engine.pictures
+    metrics.gauge("zimage_diffusion_waiting", "Pictures that wait", lambda: len(pictures.waiting))
+    metrics.gauge("zimage_diffusion_running", "Pictures in the making", lambda: len(pictures.running))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[State]:

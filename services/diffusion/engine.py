@@ -1,203 +1,163 @@
-"""The order of work on the device: a bounded queue, one thread, one denoising step at a time. Knows no HTTP.
+"""Pictures of many requests on one device: what may be asked for, how it is awaited, and how it is given up.
 
-Today a picture is finished before the next begins. The thread only ever calls `model.start`, `model.step` with a list
-of pictures and `model.decode`, so a scheduler of steps over many pictures replaces `_tick` and nothing else.
+Knows no HTTP. `stepping` makes the pictures, on the one thread that owns the device.
 """
 
 import asyncio
-import logging
-import threading
-import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any
+from contextlib import aclosing
+from dataclasses import dataclass
 
-import structlog
-
-from services.diffusion.model import DEVICE_ERROR, Denoising, ModelFacts, ZImageModel
-from services.diffusion.png import encode_png, encode_thumbnail
+from services.diffusion.jobs import Drawn, News, Picture, PictureJob, PictureRequest, Sketch, StepDone, Waits
+from services.diffusion.model import ModelFacts, ZImageModel
+from services.diffusion.order import Limits
+from services.diffusion.png import encode_png, encode_preview, encode_thumbnail
+from services.diffusion.shapes import Lora, Shape, shape_of
+from services.diffusion.shelf import ShelfLora
+from services.diffusion.stepping import StepScheduler
 from shared.device_thread import DeviceThread
-from shared.errors import ClientGone, InternalError, QueueFull, ServiceError, Unready
-from shared.jobs import Job
-from shared.schemas.diffusion import NEGATIVE, TEXT, DiffusionParameters
-from shared.tensors import describe
-from shared.wire import Header
-
-log = structlog.get_logger(__name__)
+from shared.errors import Cancelled, InvalidField, NotBegun, UnknownName, Unready, UpstreamTimeout
+from shared.schemas.diffusion import NEGATIVE, TEXT
 
 
 @dataclass(frozen=True, slots=True)
-class PictureRequest:
-    """What to draw: `message` is the safetensors body with the embeddings that `header` names."""
+class PreviewReady:
+    """A preview after `step` steps, as a JPEG."""
 
-    parameters: DiffusionParameters
-    message: bytearray
-    header: Header
-    request_id: str | None = None
-
-    @property
-    def guided(self) -> bool:
-        """Guidance is asked for, so the negative embeddings are used."""
-        return self.parameters.guidance_scale > 0
+    step: int
+    jpeg: bytes
 
 
-@dataclass(slots=True)
-class Timings:
-    """Seconds that a picture spent in each stage."""
-
-    queue: float = 0.0
-    denoise: float = 0.0
-    decode: float = 0.0
-    png: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Drawn:
-    """Pixels as a numpy array uint8 [height, width, 3]."""
-
-    pixels: Any
-
-
-class PictureJob(Job[Drawn]):
-    """A picture that waits or is being made; `step` counts the steps that are done."""
-
-    def __init__(self, request: PictureRequest) -> None:
-        super().__init__()
-        self.request = request
-        self.timings = Timings()
-        self.step = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """A finished picture and what it took."""
-
-    png: bytes
-    thumbnail: bytes
-    timings: Timings = field(default_factory=Timings)
+Told = Waits | StepDone | PreviewReady | Picture
 
 
 class DiffusionEngine:
-    """Takes pictures from many requests and makes them on the thread that owns the device."""
+    """Takes pictures from many requests and has them made on the thread that owns the device."""
 
     def __init__(
         self,
         load: Callable[[], ZImageModel],
+        limits: Limits,
         *,
         max_waiting: int,
         png_compression: int,
+        memory_bytes: int | None = None,
         on_failure: Callable[[int], None] | None = None,
     ) -> None:
-        self.max_waiting = max_waiting
+        self.pictures = StepScheduler(limits, max_waiting=max_waiting, memory_bytes=memory_bytes)
+        self._memory_bytes = memory_bytes
         self._png_compression = png_compression
-        self._waiting: deque[PictureJob] = deque()
-        self._running: list[PictureJob] = []
-        self._lock = threading.Lock()
         self._encoders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="png")
-        self.device = DeviceThread("diffusion", load=load, tick=self._tick, on_failure=on_failure)
+        self.device = DeviceThread("diffusion", load=load, tick=self.pictures.tick, on_failure=on_failure)
 
     @property
     def facts(self) -> ModelFacts:
         """Of the loaded model. Raises Unready."""
         return self.device.model.facts
 
-    @property
-    def waiting(self) -> int:
-        """Pictures in the queue."""
-        return len(self._waiting)
-
-    @property
-    def running(self) -> list[PictureJob]:
-        """Pictures in the making."""
-        return list(self._running)
-
     def check_room(self) -> None:
         """Raises QueueFull when no further picture may wait, Unready when none can be made."""
         _ = self.device.model
-        if len(self._waiting) >= self.max_waiting:
-            raise QueueFull(f"{len(self._waiting)} pictures are waiting already; try again soon.", retry_after_s=5)
+        self.pictures.check_room()
 
-    async def generate(self, request: PictureRequest) -> Picture:
-        """Makes a picture. Raises QueueFull, Unready, InvalidField, OutOfMemory, NumericalError.
+    async def generate(self, request: PictureRequest, *, watched: bool = False) -> AsyncGenerator[Told]:
+        """Makes a picture, which comes last; with `watched` it is told before what happens to it.
 
-        When the caller is cancelled, so is the picture: at once while it waits, at the next step while it is made.
+        When the generator is closed the picture is given up: at once while it waits, at the next step while it is
+        made. Raises QueueFull, Unready, InvalidField, UnknownName, UpstreamTimeout, Cancelled, OutOfMemory,
+        NumericalError, DeviceFailed, NotBegun.
         """
-        job = PictureJob(request)
-        with self._lock:
-            self.check_room()
-            self._waiting.append(job)
+        model = self.device.model
+        loras = await asyncio.to_thread(model.adapters.choose, request.parameters.loras)
+        shape = _shape_of(model.facts, request, loras)
+        self._check_size(model, shape)
+        job = PictureJob(request, shape, watched=watched)
+        self.pictures.add(job)
         self.device.wake()
+        deadline = self._end_in_time(job)
         try:
+            async with aclosing(job.news()) as news:
+                async for item in news:
+                    yield await self._told(item)
             drawn = await job.result()
-        except asyncio.CancelledError:
-            with self._lock, suppress(ValueError):  # a picture that nobody waits for takes no place in the queue
-                self._waiting.remove(job)
-            raise
-        started = time.perf_counter()
-        loop = asyncio.get_running_loop()
-        png, thumbnail = await loop.run_in_executor(self._encoders, self._encode, drawn)
-        job.timings.png = time.perf_counter() - started
-        return Picture(png, thumbnail, job.timings)
+        finally:
+            deadline.cancel()
+            job.cancel()
+            self.pictures.drop(job)
+        yield await self._encoded(job, drawn)
+
+    def cancel(self, request_id: str) -> None:
+        """Gives up every picture of that request. Raises UnknownName when there is none."""
+        jobs = [job for job in (*self.pictures.waiting, *self.pictures.running) if job.request.request_id == request_id]
+        if not jobs:
+            raise UnknownName("No picture of that id waits or is being made.")
+        for job in jobs:
+            self.pictures.drop(job)
+            job.fail(Cancelled("The picture was cancelled."))
+
+    async def loras(self) -> tuple[list[ShelfLora], tuple[Lora, ...]]:
+        """The LoRAs that requests may name, and those of a picture that names none. Raises Unready."""
+        shelf = self.device.model.adapters.shelf
+        await asyncio.to_thread(shelf.refresh)
+        return list(shelf.files.values()), shelf.default
 
     async def stop(self) -> None:
         """Ends the device's thread after the running step; what waits or runs is refused."""
         await self.device.stop()
-        with self._lock:
-            left = [*self._waiting, *self._running]
-            self._waiting.clear()
-        for job in left:
-            job.fail(Unready("The service is stopping.", retry_after_s=5))
+        self.pictures.refuse_all(
+            Unready("The service is stopping.", retry_after_s=5),
+            NotBegun("The service is stopping; it had not begun this picture.", retry_after_s=5),
+        )
         self._encoders.shutdown(wait=False, cancel_futures=True)
+
+    def _check_size(self, model: ZImageModel, shape: Shape) -> None:
+        """Raises InvalidField for a picture that this device could not make even if it had nothing else to do."""
+        room = model.capacity_bytes if self._memory_bytes is None else self._memory_bytes
+        if room is None or model.footprint.together([shape]) <= room:
+            return
+        most = model.footprint.most_pixels(shape, room)
+        raise InvalidField(
+            f"'width' times 'height' must be at most {most} pixels on this device, not {shape.pixels}: it has "
+            f"{room / 1e9:.3g} GB of memory for the work."
+        )
+
+    def _end_in_time(self, job: PictureJob) -> asyncio.TimerHandle:
+        timeout_s = job.request.parameters.timeout_s
+
+        def expire() -> None:
+            self.pictures.drop(job)
+            job.fail(UpstreamTimeout(f"The picture was not ready within {timeout_s:g} s."))
+
+        loop = asyncio.get_running_loop()
+        handle = loop.call_later(timeout_s or 0.0, expire)
+        if timeout_s is None:
+            handle.cancel()
+        return handle
+
+    async def _told(self, news: News) -> Waits | StepDone | PreviewReady:
+        if not isinstance(news, Sketch):
+            return news
+        loop = asyncio.get_running_loop()
+        return PreviewReady(news.step, await loop.run_in_executor(self._encoders, encode_preview, news.pixels))
+
+    async def _encoded(self, job: PictureJob, drawn: Drawn) -> Picture:
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        png, thumbnail = await loop.run_in_executor(self._encoders, self._encode, drawn)
+        job.timings.png = loop.time() - started
+        return Picture(png, thumbnail, job.timings)
 
     def _encode(self, drawn: Drawn) -> tuple[bytes, bytes]:
         return encode_png(drawn.pixels, compression=self._png_compression), encode_thumbnail(drawn.pixels)
 
-    def _tick(self, model: ZImageModel) -> bool:
-        """Makes one picture, or drops one that nobody waits for any more."""
-        with self._lock:
-            if not self._waiting:
-                return False
-            job = self._waiting.popleft()
-            self._running.append(job)
-        job.timings.queue = time.monotonic() - job.created_at
-        try:
-            job.resolve(Drawn(self._draw(model, job)))
-        except ClientGone:
-            log.info("picture cancelled", request_id=job.request.request_id, step=job.step)
-        except ServiceError as error:
-            job.fail(error)
-        except Exception as error:  # one bad picture must not end the service
-            log.exception("a picture failed", request_id=job.request.request_id, step=job.step)
-            job.fail(InternalError("The picture could not be made; the server's log has the cause."))
-            if isinstance(error, DEVICE_ERROR):
-                raise  # after it every call of the device fails: only a new process helps
-        finally:
-            self._running.remove(job)
-        return True
 
-    def _draw(self, model: ZImageModel, job: PictureJob) -> Any:
-        started = time.perf_counter()
-        picture = self._start(model, job)
-        while not picture.finished:
-            if job.cancelled:
-                raise ClientGone("Nobody waits for this picture any more.")
-            if self.device.stopping:
-                raise Unready("The service is stopping.", retry_after_s=5)
-            model.step([picture])
-            job.step = picture.step
-        job.timings.denoise = time.perf_counter() - started
-        started = time.perf_counter()
-        pixels = model.decode(picture)
-        job.timings.decode = time.perf_counter() - started
-        return pixels
+def _shape_of(facts: ModelFacts, request: PictureRequest, loras: tuple[Lora, ...]) -> Shape:
+    """The shape of the picture's first step, known before its embeddings are read."""
 
-    def _start(self, model: ZImageModel, job: PictureJob) -> Denoising:
-        request = job.request
-        text = model.read_embeddings(request.message, request.header, TEXT)
-        negative = model.read_embeddings(request.message, request.header, NEGATIVE) if request.guided else None
-        if log.is_enabled_for(logging.DEBUG):
-            log.debug("embeddings arrived", request_id=request.request_id, **describe(text))
-        return model.start(request.parameters, text, negative)
+    def tokens(name: str) -> int:
+        meta = request.header.tensor(name)
+        return 0 if meta is None else min(meta.shape[0], facts.text_limit)
+
+    negative = tokens(NEGATIVE) if request.guided else None
+    return shape_of(request.parameters, text=tokens(TEXT), negative=negative, loras=loras)

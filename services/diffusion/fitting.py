@@ -9,9 +9,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch.nn import functional
 
+from services.diffusion.shapes import SEQUENCE_MULTIPLE
 from shared.schemas.fields import LongPromptMode
-
-SEQUENCE_MULTIPLE = 32  # diffusers' SEQ_MULTI_OF: caption tokens are padded to a multiple of it
 
 
 def text_limit(caption_positions: int) -> int:

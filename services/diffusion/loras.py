@@ -1,4 +1,4 @@
-"""LoRAs: changes to the DiT's weights, added once, at the start. Knows no request.
+"""LoRAs: changes to the DiT's weights, read from files and added once, at the start. Knows no request.
 
 They are added by diffusers' own means, so that the weights are bit for bit those of `ZImagePipeline` after
 `load_lora_weights(..., use_safetensors=True)`, `fuse_lora(lora_scale=...)` and `unload_lora_weights()`. Read are
@@ -6,6 +6,7 @@ safetensors files with diffusers', Kohya's (`lora_unet_`) or the original model'
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ import torch
 from diffusers.loaders import ZImageLoraLoaderMixin
 from torch import nn
 
-from services.diffusion.settings import LORA_SUFFIX, LoraFile
+from services.diffusion.lora_settings import LORA_SUFFIX, LoraFile
 from shared.checkpoint import UnusableModel
 from shared.wire import WireError, read_file_header
 
 PREFIX = "transformer."  # what diffusers puts before every name that it has translated
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"  # [rank, inputs] and [outputs, rank]: the change is UP @ DOWN
+WRAPPED, LORA_PART = ".base_layer", ".lora_"  # names of a layer, and of what is added to it, once peft has wrapped it
 UNREADABLE = (ValueError, KeyError, TypeError, RuntimeError, AttributeError, IndexError)
 """What diffusers and peft raise, among others, for files that they cannot make sense of."""
 
@@ -53,35 +55,72 @@ def check_file(path: Path) -> None:
         raise UnusableModel(f"the LoRA {path} is a DoRA, which cannot be used; give a plain LoRA")
 
 
-def _fuse(transformer: Any, lora: LoraFile) -> int:
-    """Adds one file; answers the number of layers that it changes."""
+@dataclass(frozen=True, slots=True)
+class LoraTensors:
+    """A file's halves under diffusers' names, checked against the DiT, and peft's settings where the file has them."""
+
+    tensors: Mapping[str, torch.Tensor]
+    metadata: Mapping[str, Any] | None
+
+    @property
+    def layers(self) -> int:
+        """Layers that it changes."""
+        return len(self.tensors) // 2
+
+
+def read_lora(transformer: Any, path: Path) -> LoraTensors:
+    """Reads a LoRA for this DiT. Raises UnusableModel, which names the file."""
+    check_file(path)
     try:
         tensors, metadata = ZImageLoraLoaderMixin.lora_state_dict(
-            str(lora.path.parent),
-            weight_name=lora.path.name,
+            str(path.parent),
+            weight_name=path.name,
             use_safetensors=True,
             local_files_only=True,
             return_lora_metadata=True,
         )
     except (*UNREADABLE, OSError) as error:
-        log.warning("a LoRA cannot be read", path=str(lora.path), cause=repr(error))
-        raise UnusableModel(f"the LoRA {lora.path} has tensors that are not those of a LoRA for Z-Image") from None
-    _check_tensors(transformer, lora.path, tensors)
+        log.warning("a LoRA cannot be read", path=str(path), cause=repr(error))
+        raise UnusableModel(f"the LoRA {path} has tensors that are not those of a LoRA for Z-Image") from None
+    _check_tensors(transformer, path, tensors)
+    return LoraTensors(tensors, metadata)
+
+
+def add_lora(transformer: Any, path: Path, *, adapter: str | None = None) -> int:
+    """Adds a file to the DiT as an adapter of peft, of that name; answers how many layers it changes.
+
+    Raises UnusableModel, which names the file.
+    """
+    lora = read_lora(transformer, path)
     try:
         ZImageLoraLoaderMixin.load_lora_into_transformer(
-            tensors, transformer, metadata=metadata, low_cpu_mem_usage=True
+            dict(lora.tensors), transformer, adapter_name=adapter, metadata=lora.metadata, low_cpu_mem_usage=True
         )
+    except UNREADABLE as error:
+        log.warning("a LoRA cannot be added", path=str(path), cause=repr(error))
+        raise UnusableModel(f"the LoRA {path} cannot be added to this DiT") from None
+    return lora.layers
+
+
+def _fuse(transformer: Any, lora: LoraFile) -> int:
+    """Adds one file to the weights; answers the number of layers that it changes."""
+    layers = add_lora(transformer, lora.path)
+    try:
         transformer.fuse_lora(lora_scale=lora.scale)
         transformer.unload_lora()
     except UNREADABLE as error:
-        log.warning("a LoRA cannot be added", path=str(lora.path), cause=repr(error))
+        log.warning("a LoRA cannot be fused", path=str(lora.path), cause=repr(error))
         raise UnusableModel(f"the LoRA {lora.path} cannot be added to this DiT") from None
-    return len(tensors) // 2
+    return layers
 
 
 def _check_tensors(transformer: Any, path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Every tensor must be one half of the change of a layer that there is, and hold finite numbers."""
-    layers = {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
+    layers = {
+        name.removesuffix(WRAPPED): module
+        for name, module in transformer.named_modules()
+        if isinstance(module, nn.Linear) and LORA_PART not in name
+    }
     if not tensors:
         raise UnusableModel(f"the LoRA {path} is empty")
     for name, tensor in tensors.items():

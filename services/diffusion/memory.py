@@ -2,9 +2,11 @@
 
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from services.diffusion.option_settings import OffloadMode
 from services.diffusion.settings import DiffusionSettings
 from shared.checkpoint import checkpoint_dtype, weight_bytes
 from shared.tensors import dtype_of, pick_device, require_memory
@@ -35,6 +37,18 @@ def require_room(root: Path, settings: DiffusionSettings, device: torch.device) 
             what=f"{' and '.join(NAMES[part] for part in parts)} of {root}",
             advice=_advice(settings, place),
         )
+
+
+def resident_bytes(transformer: Any, vae: Any, settings: DiffusionSettings, device: torch.device) -> int:
+    """Bytes of weights that lie on the DiT's device while it computes: all, or of blocks that come and go nearly none.
+
+    Of a whole DiT that is offloaded, DiT and VAE lie there in turns.
+    """
+    weights = {part: int(sum(weight.nbytes for weight in part.parameters())) for part in (transformer, vae)}
+    if is_offloaded(settings, device):
+        return max(weights.values()) if settings.offload_mode is OffloadMode.MODEL else weights[vae]
+    there = [part for part in (transformer, vae) if part.device.type == device.type]
+    return sum(weights[part] for part in there)
 
 
 def _advice(settings: DiffusionSettings, place: torch.device) -> str:

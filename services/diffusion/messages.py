@@ -44,7 +44,8 @@ def judge_header(header: Header, facts: ModelFacts, *, max_pixels: int) -> Diffu
     pixels = parameters.width * parameters.height
     if pixels > max_pixels:
         raise InvalidField(f"'width' times 'height' must be at most {max_pixels} pixels, not {pixels}.")
-    for name in (TEXT, NEGATIVE) if parameters.guidance_scale > 0 else (TEXT,):
+    negative = (NEGATIVE,) if parameters.guidance_scale > 0 else ()
+    for name in (TEXT, *negative, *parameters.references):
         _check_embeddings(name, header.tensor(name), facts.text_width)
     return parameters
 

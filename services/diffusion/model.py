@@ -4,41 +4,33 @@ A picture alone gets bit for bit what diffusers' `ZImagePipeline` computes for t
 schedule; every operation below stands in the order and dtype in which the pipeline has it.
 """
 
-import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
+from weakref import WeakSet
 
-import structlog
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
 
-from services.diffusion.fitting import SEQUENCE_MULTIPLE, fit, text_limit
-from services.diffusion.loras import fuse_loras
-from services.diffusion.memory import is_offloaded, require_room, weights_dtype
-from services.diffusion.optimization import compile_blocks, offload, try_compiled, use_flash_attention
+from services.diffusion.adapters import Adapters
+from services.diffusion.blending import blend
+from services.diffusion.cores import Cores
+from services.diffusion.fitting import fit, text_limit
+from services.diffusion.footprint import Footprint
+from services.diffusion.guidance import guide, guided_steps
+from services.diffusion.preview import PreviewMap
 from services.diffusion.schedule import first_noise, make_scheduler
-from services.diffusion.settings import DiffusionSettings
-from shared.checkpoint import UnusableModel, read_json, require_parts, require_weights
-from shared.errors import InvalidField, NumericalError, OutOfMemory
+from services.diffusion.shapes import Lora, Shape, padded, shape_of
+from shared.errors import InvalidField, OutOfMemory
 from shared.schemas.diffusion import DiffusionParameters
-from shared.schemas.fields import LongPromptMode
-from shared.tensors import from_message, pick_device
+from shared.tensors import free_memory, from_message, is_out_of_memory, total_memory
 from shared.wire import Header
 
 TRAIN_STEPS = 1000  # the model sees (1000 - t) / 1000
-DEVICE_ERROR = torch.AcceleratorError  # of the driver, as a CUDA assert
 PATCH = 2  # latent cells a side of one DiT token
-REHEARSAL = DiffusionParameters(
-    width=256, height=176, steps=1, seed=0, guidance_scale=0.0, shift=3.0, long_prompt_mode=LongPromptMode.TRUNCATE
-)
-REHEARSAL_TOKENS = 20
-"""Padded, 192 tokens of picture and 32 of text: torch.compile takes lengths for the same number that are equal here,
-to each other or to a width of the DiT, and compiles again once they differ."""
 
-log = structlog.get_logger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +43,20 @@ class ModelFacts:
     text_limit: int
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, weakref_slot=True, kw_only=True)
 class Denoising:
-    """A picture in the making. `latents` is float32 [channels, height, width]; the embeddings are [tokens, width] in
-    the DiT's dtype; `step` counts the steps that are done."""
+    """A picture in the making. `latents` and `velocity`, the last step's, are float32 [channels, height, width]; the
+    embeddings are [tokens, width] in the DiT's dtype; `step` counts the steps that are done, of which `guided` says
+    whether each has guidance."""
 
     parameters: DiffusionParameters
     latents: torch.Tensor
     text: torch.Tensor
     negative: torch.Tensor | None
     scheduler: Any
+    guided: Sequence[bool]
+    loras: tuple[Lora, ...] = ()
+    velocity: torch.Tensor | None = None
     step: int = field(default=0)
 
     @property
@@ -69,23 +65,51 @@ class Denoising:
         return self.step >= self.parameters.steps
 
     @property
-    def guided(self) -> bool:
-        """Guidance is on, which takes two forwards' worth of work a step."""
-        return self.negative is not None
+    def guides(self) -> bool:
+        """The next step has guidance, which takes two forwards' worth of work."""
+        return self.negative is not None and not self.finished and self.guided[self.step]
+
+    @property
+    def shape(self) -> Shape:
+        """Of the next step."""
+        negative = len(self.negative) if self.negative is not None and self.guides else None
+        return shape_of(self.parameters, text=len(self.text), negative=negative, loras=self.loras)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What a checkpoint was loaded into: the transformer, which may or may not take masks, and its LoRAs; the VAE, and
+    how its latents look; where each computes, its weights may lie elsewhere; the noise scheduler's configuration.
+    `before_picture` is for a transformer that remembers steps: it is called with their number, and then there is one
+    picture at a time. `weight_bytes` lie on the transformer's device while it computes."""
+
+    transformer: Any
+    vae: Any
+    device: torch.device
+    vae_device: torch.device
+    weight_bytes: int
+    scheduler_config: Mapping[str, Any]
+    adapters: Adapters
+    takes_masks: bool = True
+    preview: PreviewMap | None = None
+    before_picture: Callable[[int], None] | None = None
+    cores: Cores = field(default_factory=lambda: Cores(1))
 
 
 class ZImageModel:
-    """The transformer, the VAE and the scheduler's configuration, each on its device."""
+    """A checkpoint at work, on the devices where its parts are."""
 
-    def __init__(
-        self, transformer: Any, vae: Any, scheduler_config: dict[str, Any], *, takes_masks: bool = True
-    ) -> None:
-        self._transformer, self._vae = transformer, vae
-        self._takes_masks = takes_masks
-        self._scheduler_config = scheduler_config
+    def __init__(self, parts: Parts, footprint: Footprint) -> None:
+        self.parts = parts
+        self._transformer, self._vae = transformer, vae = parts.transformer, parts.vae
         self._cell_px = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels a side of one latent cell
+        self._live: WeakSet[Denoising] = WeakSet()
+        self.adapters = parts.adapters
+        self.footprint = footprint
+        total = total_memory(parts.device)
+        self.capacity_bytes = None if total is None else total - parts.weight_bytes
         self.facts = ModelFacts(
-            device=str(transformer.device),
+            device=str(parts.device),
             dtype=str(transformer.dtype).removeprefix("torch."),
             text_width=transformer.config.cap_feat_dim,
             text_limit=text_limit(transformer.config.axes_lens[0]),
@@ -102,67 +126,137 @@ class ZImageModel:
         return embeddings
 
     @torch.inference_mode()
-    def start(self, parameters: DiffusionParameters, text: torch.Tensor, negative: torch.Tensor | None) -> Denoising:
-        """Prepares a picture: its noise, its schedule and its embeddings, fitted to the text limit."""
-        device = self._transformer.device
+    def start(
+        self,
+        parameters: DiffusionParameters,
+        text: torch.Tensor,
+        negative: torch.Tensor | None,
+        loras: tuple[Lora, ...] = (),
+        references: Sequence[torch.Tensor] = (),
+    ) -> Denoising:
+        """Prepares a picture: its LoRAs, its noise, its schedule and its embeddings, fitted to the text limit, with
+        the reference pictures' blended in.
+
+        Raises InvalidField for a LoRA that cannot be used, and OutOfMemory.
+        """
+        return self._within_memory(partial(self._start, parameters, text, negative, loras, references))
+
+    @torch.inference_mode()
+    def step(self, group: Sequence[Denoising]) -> Sequence[Denoising]:
+        """One denoising step for pictures of one size, with the same LoRAs, each at a step of its own.
+
+        Answers those whose numbers overflowed. Raises OutOfMemory; then no picture of the group has changed.
+        """
+        self.adapters.use(group[0].loras)
+        velocities = self._within_memory(partial(self.parts.cores.each, self._velocities, group))
+        for picture, velocity in zip(group, velocities, strict=True):
+            timestep = picture.scheduler.timesteps[picture.step]
+            picture.latents = picture.scheduler.step(velocity, timestep, picture.latents, return_dict=False)[0]
+            picture.velocity = velocity
+            picture.step += 1
+        finite = torch.stack([torch.isfinite(picture.latents).all() for picture in group]).tolist()
+        return [picture for picture, good in zip(group, finite, strict=True) if not good]
+
+    @torch.inference_mode()
+    def decode(self, pictures: Sequence[Denoising]) -> Sequence[Any]:
+        """Finished pictures of one size, each as a numpy array uint8 [height, width, 3], or None where its numbers
+        overflowed. Raises OutOfMemory."""
+        images = torch.stack(self._within_memory(partial(self.parts.cores.each, self._images, pictures)))
+        finite = torch.isfinite(images).flatten(1).all(1).tolist()
+        pixels = (images * 0.5 + 0.5).clamp(0, 1).float()
+        arrays = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        return [array if good else None for array, good in zip(arrays, finite, strict=True)]
+
+    @torch.inference_mode()
+    def preview(self, picture: Denoising) -> Any:
+        """What the picture looks like after its last step, as a numpy array uint8 [height / 8, width / 8, 3].
+
+        The step's velocity points from the noise to where the model expects the picture. None without a map.
+        """
+        if self.parts.preview is None or picture.velocity is None:
+            return None
+        expected = picture.latents - picture.scheduler.sigmas[picture.step] * picture.velocity
+        return self.parts.preview.draw(expected)
+
+    def rehearse(self, parameters: DiffusionParameters, *, tokens: int, pictures: int = 1) -> None:
+        """Makes one step of pictures that nobody asked for. Raises what the forward raises."""
+        text = torch.zeros(tokens, self.facts.text_width)
+        self.step([self.start(parameters, text, None) for _ in range(pictures)])
+
+    def fits(self, shapes: Sequence[Shape], free_bytes: int | None) -> bool:
+        """Whether pictures of these shapes can be in the making at once, LoRAs and all."""
+        loras_fit = self.adapters.fit({name for shape in shapes for name, _ in shape.loras})
+        return loras_fit and (free_bytes is None or self.footprint.together(shapes) <= free_bytes)
+
+    def free_bytes(self) -> int | None:
+        """What the device has free, None where that cannot be told."""
+        return free_memory(self.parts.device)
+
+    def check_device(self) -> None:
+        """A little work, waited for: raises what the driver says when the device is lost."""
+        torch.ones(1, device=self.parts.device).sum().item()
+
+    def _start(
+        self,
+        parameters: DiffusionParameters,
+        text: torch.Tensor,
+        negative: torch.Tensor | None,
+        loras: tuple[Lora, ...],
+        references: Sequence[torch.Tensor],
+    ) -> Denoising:
+        self.adapters.load(loras, in_use={name for picture in self._live for name, _ in picture.loras})
+        device = self.parts.device
         rows, columns = (PATCH * (side // (PATCH * self._cell_px)) for side in (parameters.height, parameters.width))
         noise = first_noise(parameters.seed, channels=self._transformer.config.in_channels, height=rows, width=columns)
         scheduler = make_scheduler(
-            self._scheduler_config,
+            self.parts.scheduler_config,
             steps=parameters.steps,
             shift=parameters.shift,
             image_tokens=(rows // PATCH) * (columns // PATCH),
             device=device,
         )
-        return Denoising(
+        picture = Denoising(
             parameters=parameters,
             latents=noise.to(device),
-            text=self._condition(text, parameters),
+            text=self._condition(text, parameters, references),
             negative=None if negative is None else self._condition(negative, parameters),
             scheduler=scheduler,
+            guided=guided_steps(scheduler.timesteps, parameters.cfg_truncation),
+            loras=loras,
         )
+        if self.parts.before_picture is not None:
+            if negative is not None and not all(picture.guided):
+                raise InvalidField("'cfg_truncation' must be 1 here: this server skips blocks by comparing steps.")
+            self.parts.before_picture(parameters.steps)
+        self._live.add(picture)
+        return picture
 
-    @torch.inference_mode()
-    def step(self, group: Sequence[Denoising]) -> None:
-        """One denoising step for pictures of one size and the same guidance on/off, each at a step of its own.
+    def _images(self, pictures: Sequence[Denoising]) -> Sequence[torch.Tensor]:
+        """What the VAE makes of them, each [3, height, width], about -1 to 1."""
+        config = self._vae.config
+        latents = torch.stack([picture.latents for picture in pictures])
+        latents = latents.to(device=self.parts.vae_device, dtype=self._vae.dtype)
+        latents = (latents / config.scaling_factor) + config.shift_factor
+        self._vae.use_tiling = pictures[0].shape.pixels > self.footprint.tiling_pixels
+        images: torch.Tensor = self._vae.decode(latents, return_dict=False)[0]
+        return list(images)
 
-        Raises OutOfMemory; then no picture of the group has changed.
-        """
-        guided = [picture for picture in group if picture.guided]
+    def _velocities(self, group: Sequence[Denoising]) -> list[torch.Tensor]:
+        """Where each picture moves, float32 [channels, height, width]."""
+        guided = [picture for picture in group if picture.guides]
         latents = [picture.latents.to(self._transformer.dtype).unsqueeze(1) for picture in (*group, *guided)]
         captions = [picture.text for picture in group] + [p.negative for p in guided if p.negative is not None]
         times = [picture.scheduler.timesteps[picture.step] for picture in (*group, *guided)]
         outputs = self._predict(latents, (TRAIN_STEPS - torch.stack(times)) / TRAIN_STEPS, captions)
         negatives = iter(outputs[len(group) :])
+        velocities = []
         for picture, output in zip(group, outputs, strict=False):
             prediction = output.float()
-            if picture.guided:
-                prediction = prediction + picture.parameters.guidance_scale * (prediction - next(negatives).float())
-            velocity = -prediction.squeeze(1)
-            timestep = picture.scheduler.timesteps[picture.step]
-            picture.latents = picture.scheduler.step(velocity, timestep, picture.latents, return_dict=False)[0]
-            picture.step += 1
-
-    @torch.inference_mode()
-    def decode(self, picture: Denoising) -> Any:
-        """The finished picture as a numpy array uint8 [height, width, 3]. Raises NumericalError, OutOfMemory."""
-        config = self._vae.config
-        latents = picture.latents.unsqueeze(0).to(device=self._vae.device, dtype=self._vae.dtype)
-        latents = (latents / config.scaling_factor) + config.shift_factor
-        try:
-            image = self._vae.decode(latents, return_dict=False)[0]
-        except torch.OutOfMemoryError:
-            self._free_cache()
-            raise OutOfMemory("The device has too little free memory for this picture.", retry_after_s=10) from None
-        if not bool(torch.isfinite(image).all()):
-            raise NumericalError("The model's numbers overflowed while it drew; try another seed or float32 weights.")
-        pixels = (image[0] * 0.5 + 0.5).clamp(0, 1).float()
-        return (pixels * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy()
-
-    def rehearse(self) -> None:
-        """Makes one step of a picture that nobody asked for. Raises what the forward raises."""
-        text = torch.zeros(REHEARSAL_TOKENS, self.facts.text_width)
-        self.step([self.start(REHEARSAL, text, None)])
+            if picture.guides:
+                scale, normalization = picture.parameters.guidance_scale, picture.parameters.cfg_normalization
+                prediction = guide(prediction, next(negatives).float(), scale=scale, normalization=normalization)
+            velocities.append(-prediction.squeeze(1))
+        return velocities
 
     def _predict(
         self, latents: Sequence[torch.Tensor], times: torch.Tensor, captions: Sequence[torch.Tensor]
@@ -171,78 +265,30 @@ class ZImageModel:
         length need, in one for each length."""
         groups: defaultdict[int, list[int]] = defaultdict(list)
         for index, caption in enumerate(captions):
-            groups[0 if self._takes_masks else math.ceil(len(caption) / SEQUENCE_MULTIPLE)].append(index)
+            groups[0 if self.parts.takes_masks else padded(len(caption))].append(index)
         outputs: dict[int, torch.Tensor] = {}
-        try:
-            for items in groups.values():
-                chosen = [latents[i] for i in items], times[items], [captions[i] for i in items]
-                outputs.update(zip(items, self._transformer(*chosen, return_dict=False)[0], strict=True))
-        except torch.OutOfMemoryError:
-            self._free_cache()
-            raise OutOfMemory("The device has too little free memory for this picture.", retry_after_s=10) from None
+        for items in groups.values():
+            chosen = [latents[i] for i in items], times[items], [captions[i] for i in items]
+            outputs.update(zip(items, self._transformer(*chosen, return_dict=False)[0], strict=True))
         return [outputs[index] for index in range(len(captions))]
 
-    def _condition(self, embeddings: torch.Tensor, parameters: DiffusionParameters) -> torch.Tensor:
-        fitted = fit(embeddings.to(self._transformer.device), self.facts.text_limit, parameters.long_prompt_mode)
+    def _condition(
+        self, embeddings: torch.Tensor, parameters: DiffusionParameters, references: Sequence[torch.Tensor] = ()
+    ) -> torch.Tensor:
+        device = self.parts.device
+        fitted = fit(embeddings.to(device), self.facts.text_limit, parameters.long_prompt_mode)
+        if parameters.blending is not None:
+            fitted = blend(fitted, [reference.to(device) for reference in references], parameters.blending)
         return fitted.to(self._transformer.dtype)
 
-    def _free_cache(self) -> None:
-        if self._transformer.device.type == "cuda":
+    def _within_memory(self, work: Callable[[], T]) -> T:
+        """Does the work; turns the device's error into ours once nothing holds on to the work's tensors any more."""
+        try:
+            return work()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        # Here the error is gone, and with it the frames that held the tensors.
+        if self.parts.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def load_zimage(settings: DiffusionSettings) -> ZImageModel:
-    """Loads `transformer`, `vae` and `scheduler` of the model directory. Raises UnusableModel."""
-    root = require_parts(settings.model_path, "transformer", "vae", "scheduler")
-    scheduler_config = read_json(root / "scheduler" / "scheduler_config.json")
-    device = pick_device(settings.dit_device)
-    require_room(root, settings, device)
-    transformer = _load(ZImageTransformer2DModel, root / "transformer", settings)
-    vae = _load(AutoencoderKL, root / "vae", settings).to(pick_device(settings.vae_device))
-    _check_fit(root, transformer, vae)
-    _prepare(transformer, settings, device)
-    model = ZImageModel(
-        transformer,
-        vae,
-        dict(FlowMatchEulerDiscreteScheduler.from_config(scheduler_config).config),
-        takes_masks=not settings.flash_attn,
-    )
-    if settings.compile:
-        try_compiled(model.rehearse)
-    log.info("diffusion model loaded", model_path=str(root), vae_device=str(vae.device), **_logged(model.facts))
-    return model
-
-
-def _prepare(transformer: Any, settings: DiffusionSettings, device: torch.device) -> None:
-    """Puts the DiT where it belongs and makes of it what the options ask for."""
-    offloaded = is_offloaded(settings, device)
-    if settings.cpu_offload and not offloaded:
-        log.warning("--cpu-offload changes nothing: the DiT runs on the CPU already")
-    if not offloaded:
-        transformer.to(device)
-    fuse_loras(transformer, settings.loras)
-    if settings.flash_attn:
-        use_flash_attention(transformer, device)
-    if offloaded:
-        offload(transformer, device)
-    if settings.compile:
-        compile_blocks(transformer, device)
-
-
-def _load(kind: Any, folder: Path, settings: DiffusionSettings) -> Any:
-    require_weights(folder)
-    dtype = weights_dtype(folder, settings)
-    loaded = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
-    return loaded.eval().requires_grad_(requires_grad=False)
-
-
-def _check_fit(root: Path, transformer: Any, vae: Any) -> None:
-    if transformer.config.in_channels != vae.config.latent_channels:
-        raise UnusableModel(
-            f"{root} is not a Z-Image model: its transformer reads {transformer.config.in_channels} latent channels, "
-            f"its VAE has {vae.config.latent_channels}"
-        )
-
-
-def _logged(facts: ModelFacts) -> dict[str, Any]:
-    return {"device": facts.device, "dtype": facts.dtype, "text_limit": facts.text_limit}
+        raise OutOfMemory("The device has too little free memory for this picture.", retry_after_s=10)

@@ -1,7 +1,6 @@
-"""Ways to run the DiT in less memory or less time, by diffusers' and torch's own means. Knows no request.
+"""Ways to run DiT and VAE in less memory or less time, by diffusers' and torch's own means. Knows no request.
 
-Without them a picture is bit for bit that of `ZImagePipeline`; with Flash Attention or compiled blocks it differs by
-rounding, with offloaded weights not at all.
+Without them a picture is bit for bit that of `ZImagePipeline`. What each of them changes, docs/performance.md tells.
 """
 
 import os
@@ -12,48 +11,114 @@ from typing import Any
 
 import structlog
 import torch
+from accelerate import cpu_offload_with_hook
+from torch import nn
 
+from services.diffusion.footprint import TILE_PX
+from services.diffusion.kernels import Kernels, wanted_kernels
+from services.diffusion.option_settings import OffloadMode, OptionSettings, parse_size
 from shared.checkpoint import UnusableModel
+from shared.schemas.diffusion import DiffusionParameters
+from shared.schemas.fields import LongPromptMode
+from shared.tensors import quantize
 
-FLASH_BACKENDS = ("_flash_3", "flash")  # of diffusers, the faster first: `flash_attn_interface` and `flash-attn`
 MAX_VARIANTS = 32  # of a compiled block: with and without modulation, a mask, guidance; torch stops at 8
 CAUSE_CHARACTERS = 500
-INSTALL_FLASH = "install it with `uv pip install flash-attn --no-build-isolation`"
+QUANTIZED_PARTS = ("layers.", "noise_refiner.", "context_refiner.")
+"""The blocks hold nearly all weights; what stands around them is small, and sensitive."""
+REHEARSAL_SIZE, REHEARSAL_TOKENS = (256, 176), 20
+"""Padded, 192 tokens of picture and 32 of text: torch.compile takes lengths for the same number that are equal here,
+to each other or to a width of the DiT, and compiles again once they differ."""
+CACHE_SHARE, CACHE_WARMUP_STEPS = 4, 3  # one block in four always runs, and all do in the first steps
+INSTALL_CACHE_DIT = "install it with `uv pip install 'zimage-server[cache]'`"
 
 log = structlog.get_logger(__name__)
 
 
-def use_flash_attention(transformer: Any, device: torch.device) -> None:
-    """Has every attention of the DiT computed by flash-attn, which takes no mask. Raises UnusableModel."""
-    if device.type != "cuda":
-        raise UnusableModel(
-            f"--flash-attn needs an NVIDIA GPU, but the DiT runs on '{device}': choose --dit-device cuda or leave "
-            "--flash-attn out"
-        )
-    if transformer.dtype not in (torch.bfloat16, torch.float16):
-        raise UnusableModel(
-            "--flash-attn computes in bfloat16 only, but the DiT's weights are "
-            f"{str(transformer.dtype).removeprefix('torch.')}: set ZIMAGE_DIFFUSION_DTYPE=bfloat16 or leave it out"
-        )
-    for backend in FLASH_BACKENDS:
+def set_attention(transformer: Any, settings: OptionSettings, device: torch.device) -> bool:
+    """Has the DiT's attention computed by the kernels that are asked for; answers whether they take masks.
+
+    Raises UnusableModel.
+    """
+    wanted = wanted_kernels(settings)
+    if wanted is None:
+        return True
+    kernels, flag = wanted
+    use_kernels(transformer, device, kernels, flag)
+    return kernels.takes_masks
+
+
+def use_kernels(transformer: Any, device: torch.device, kernels: Kernels, flag: str) -> None:
+    """Switches every attention of the DiT to these kernels. Raises UnusableModel, whose sentence names the flag."""
+    if kernels.capability is not None:
+        _check_device(transformer, device, kernels.capability, flag)
+    for name in kernels.names:
         try:
-            transformer.set_attention_backend(backend)
+            transformer.set_attention_backend(name)
         except RuntimeError:  # diffusers finds no package for it, or one that is too old
             continue
-        log.info("flash attention is on", backend=backend)
+        log.info("attention kernels are set", backend=name)
         return
-    raise UnusableModel(f"--flash-attn needs the package flash-attn 2.6.3 or newer: {INSTALL_FLASH} or leave it out")
+    raise UnusableModel(f"{flag} needs the package {kernels.package}: {kernels.install} or leave it out")
 
 
-def offload(transformer: Any, device: torch.device) -> None:
-    """Keeps the DiT's weights in main memory; each block's are on the device only while it computes.
-
-    On a GPU the next block is copied while this one computes.
-    """
-    transformer.enable_group_offload(
-        onload_device=device, offload_type="block_level", num_blocks_per_group=1, use_stream=device.type == "cuda"
+def quantize_blocks(transformer: Any, settings: OptionSettings, device: torch.device) -> None:
+    """Keeps the weights of the DiT's blocks in fewer bits. Raises UnusableModel."""
+    quantize(
+        transformer,
+        settings.quantization,
+        device,
+        flag=f"--quantization {settings.quantization}",
+        wanted=lambda module, name: isinstance(module, nn.Linear) and name.startswith(QUANTIZED_PARTS),
     )
-    log.info("the weights of the DiT stay in main memory", device=str(device))
+
+
+def offload(transformer: Any, vae: Any, device: torch.device, mode: OffloadMode) -> None:
+    """Keeps the DiT's weights in main memory; each block's, or all of them, are on the device while they compute.
+
+    By blocks, the next block is copied while this one computes on a GPU. As a whole, DiT and VAE make room for each
+    other where both compute on that device.
+    """
+    if mode is OffloadMode.MODEL:
+        _, dit_hook = cpu_offload_with_hook(transformer, device)
+        if vae.device.type == device.type:
+            _, vae_hook = cpu_offload_with_hook(vae, device, prev_module_hook=dit_hook)
+            dit_hook.hook.prev_module_hook = vae_hook
+    else:
+        transformer.enable_group_offload(
+            onload_device=device, offload_type="block_level", num_blocks_per_group=1, use_stream=device.type == "cuda"
+        )
+    log.info("the weights of the DiT stay in main memory", device=str(device), mode=mode.value)
+
+
+def cache_blocks(transformer: Any) -> Callable[[int], None]:
+    """Has the DiT skip blocks whose output hardly changes from step to step; answers what is to be called before each
+    picture, with the number of its steps. Raises UnusableModel.
+
+    The first blocks always run: how much they change tells whether the others are needed.
+    """
+    try:
+        import cache_dit
+    except ImportError:
+        raise UnusableModel(f"--cache-dit needs the package cache-dit: {INSTALL_CACHE_DIT} or leave it out") from None
+
+    def recipe(steps: int | None) -> Any:
+        return cache_dit.DBCacheConfig(
+            Fn_compute_blocks=max(1, len(transformer.layers) // CACHE_SHARE),
+            max_warmup_steps=CACHE_WARMUP_STEPS,
+            num_inference_steps=steps,
+        )
+
+    cache_dit.enable_cache(transformer, cache_config=recipe(None))
+    return lambda steps: cache_dit.refresh_context(transformer, cache_config=recipe(steps))
+
+
+def prepare_vae(vae: Any, settings: OptionSettings) -> None:
+    """Sets how large the tiles are in which large pictures are decoded, and the order of the VAE's numbers."""
+    cell_px = 2 ** (len(vae.config.block_out_channels) - 1)
+    vae.tile_sample_min_size, vae.tile_latent_min_size = TILE_PX, TILE_PX // cell_px
+    if settings.vae_channels_last:
+        vae.to(memory_format=torch.channels_last)
 
 
 def compile_blocks(transformer: Any, device: torch.device) -> None:
@@ -68,6 +133,12 @@ def compile_blocks(transformer: Any, device: torch.device) -> None:
 
     dynamo.config.recompile_limit = MAX_VARIANTS
     transformer.compile_repeated_blocks(dynamic=True)
+
+
+def rehearsals(settings: OptionSettings) -> Sequence[tuple[DiffusionParameters, int]]:
+    """What is drawn at the start so that it is compiled: a small picture, then one of each size that is configured."""
+    sizes = [REHEARSAL_SIZE, *map(parse_size, settings.compile_sizes)]
+    return [(_rehearsal(width, height), pictures) for width, height in sizes for pictures in (1, 2)]
 
 
 def try_compiled(draw: Callable[[], object]) -> None:
@@ -85,6 +156,21 @@ def try_compiled(draw: Callable[[], object]) -> None:
         ) from None
 
 
+def _check_device(transformer: Any, device: torch.device, capability: tuple[int, int], flag: str) -> None:
+    if device.type != "cuda":
+        raise UnusableModel(
+            f"{flag} needs an NVIDIA GPU, but the DiT runs on '{device}': choose --dit-device cuda or leave {flag} out"
+        )
+    if transformer.dtype not in (torch.bfloat16, torch.float16):
+        raise UnusableModel(
+            f"{flag} computes in bfloat16 only, but the DiT's weights are "
+            f"{str(transformer.dtype).removeprefix('torch.')}: set ZIMAGE_DIFFUSION_DTYPE=bfloat16 or leave it out"
+        )
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < capability:
+        wanted = ".".join(map(str, capability))
+        raise UnusableModel(f"{flag} needs a GPU of compute capability {wanted} or newer: leave {flag} out")
+
+
 def _compilers(device: torch.device) -> Sequence[str]:
     """What torch (for the CPU) and Triton (for CUDA) look for, of which one is enough; MPS needs none."""
     if device.type == "cpu":
@@ -92,3 +178,15 @@ def _compilers(device: torch.device) -> Sequence[str]:
     if device.type == "cuda":
         return (os.environ["CC"],) if "CC" in os.environ else ("gcc", "clang")
     return ()
+
+
+def _rehearsal(width: int, height: int) -> DiffusionParameters:
+    return DiffusionParameters(
+        width=width,
+        height=height,
+        steps=1,
+        seed=0,
+        guidance_scale=0.0,
+        shift=3.0,
+        long_prompt_mode=LongPromptMode.TRUNCATE,
+    )

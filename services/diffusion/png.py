@@ -20,6 +20,15 @@ def encode_thumbnail(pixels: Any) -> bytes:
     """A small JPEG of a numpy array uint8 [height, width, 3], at most `THUMBNAIL_PX` a side."""
     image = Image.fromarray(pixels)
     image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX), reducing_gap=2.0)
+    return _jpeg(image)
+
+
+def encode_preview(pixels: Any) -> bytes:
+    """A JPEG of a numpy array uint8 [height, width, 3], which is small already."""
+    return _jpeg(Image.fromarray(pixels))
+
+
+def _jpeg(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=THUMBNAIL_QUALITY)
     return buffer.getvalue()

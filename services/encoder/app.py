@@ -7,15 +7,16 @@ from typing import TypedDict
 
 from fastapi import FastAPI
 
+from services.encoder import completions, routes
 from services.encoder.engine import EncoderEngine, Limits
 from services.encoder.model import TextEncoder, load_text_encoder
-from services.encoder.routes import router
 from services.encoder.settings import EncoderSettings
 from shared.health import Metrics
+from shared.language.generations import WritingLimits
 from shared.service import create_service
 
 MAX_BODY_BYTES = 16 << 20
-DESCRIPTION = "Turns texts into the hidden states of Qwen3, many at a time."
+DESCRIPTION = "Turns texts into the hidden states of Qwen3, many at a time, and writes with the same weights."
 
 
 class State(TypedDict):
@@ -39,9 +40,17 @@ def create_app(settings: EncoderSettings, *, model: TextEncoder | None = None) -
             max_waiting=settings.encoder_max_waiting,
             max_tokens=settings.encoder_max_tokens,
         ),
+        WritingLimits(
+            max_running=settings.encoder_max_writing,
+            max_waiting=settings.encoder_max_waiting_chats,
+            max_cache_tokens=settings.encoder_max_cache_tokens,
+        ),
         on_failure=fail,
     )
     metrics.gauge("zimage_encoder_waiting", "Texts that wait for their hidden states", lambda: engine.waiting)
+    writing = engine.generations
+    metrics.gauge("zimage_encoder_writing", "Chat completions that are being written", lambda: writing.running)
+    metrics.gauge("zimage_encoder_waiting_chats", "Chat completions that wait", lambda: writing.waiting)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[State]:
@@ -52,7 +61,7 @@ def create_app(settings: EncoderSettings, *, model: TextEncoder | None = None) -
     app = create_service(
         description=DESCRIPTION,
         lifespan=lifespan,
-        routers=[router],
+        routers=[routes.router, completions.router],
         readiness=engine.device.unready_reason,
         metrics=metrics,
         max_body_bytes=MAX_BODY_BYTES,

@@ -1,19 +1,25 @@
-"""Batching of encodes: texts that wait together and are of about the same length share a forward. Knows no HTTP."""
+"""Batching of encodes: texts that wait together and are of about the same length share a forward. Knows no HTTP.
+
+Chat completions are written on the same weights: between two batches all of them get one token.
+"""
 
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
 import structlog
 
-from services.encoder.model import DEVICE_ERROR, ModelFacts, TextEncoder
+from services.encoder.model import ModelFacts, TextEncoder
 from shared.device_thread import DeviceThread
 from shared.errors import InternalError, InvalidField, QueueFull, ServiceError, Unready
 from shared.jobs import Job
-from shared.tensors import describe
+from shared.language.generations import Assignment, Generations, WritingLimits
+from shared.language.options import Ending
+from shared.tensors import DEVICE_ERROR, describe
 
 QUICK_CHARS = 2_000  # texts up to this are tokenized in the event loop: quicker than a thread could be asked
 SHORTEST = 16  # tokens; texts below it count as this long when lengths are compared
@@ -53,12 +59,18 @@ class EncoderEngine:
     """Takes texts from many requests and runs them in batches on the thread that owns the device."""
 
     def __init__(
-        self, load: Callable[[], TextEncoder], limits: Limits, *, on_failure: Callable[[int], None] | None = None
+        self,
+        load: Callable[[], TextEncoder],
+        limits: Limits,
+        writing: WritingLimits,
+        *,
+        on_failure: Callable[[int], None] | None = None,
     ) -> None:
         self.limits = limits
         self._waiting: list[EncodeJob] = []
         self._lock = threading.Lock()
         self.device = DeviceThread("encoder", load=load, tick=self._tick, on_failure=on_failure)
+        self.generations = Generations(writing, wake=self.device.wake)
 
     @property
     def facts(self) -> ModelFacts:
@@ -104,15 +116,30 @@ class EncoderEngine:
             with self._lock:  # a text that nobody waits for takes no place in the queue
                 self._waiting = [job for job in self._waiting if not job.cancelled]
 
+    async def write(self, assignment: Assignment) -> AsyncGenerator[str | Ending]:
+        """Continues a conversation: the text as it comes, then how it ended. Left early, it is given up.
+
+        Raises Unready, InvalidField, QueueFull, NumericalError, OutOfMemory.
+        """
+        async with aclosing(self.generations.write(self.device.model.language, assignment)) as pieces:
+            async for piece in pieces:
+                yield piece
+
     async def stop(self) -> None:
-        """Ends the device's thread; texts that still wait are refused."""
+        """Ends the device's thread; what still waits or is being written is refused."""
         await self.device.stop()
+        self.generations.stop()
         with self._lock:
             left, self._waiting = self._waiting, []
         for job in left:
             job.fail(Unready("The service is stopping.", retry_after_s=5))
 
     def _tick(self, model: TextEncoder) -> bool:
+        """A batch, and a token of every text that is being written: neither waits for more than one of the other."""
+        encoded = self._encode_batch(model)
+        return bool(self.generations.busy and self.generations.tick(model.language)) or encoded
+
+    def _encode_batch(self, model: TextEncoder) -> bool:
         with self._lock:
             self._waiting = [job for job in self._waiting if not job.cancelled]
             batch = choose_batch(self._waiting, self.limits)

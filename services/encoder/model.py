@@ -1,4 +1,7 @@
-"""Qwen3 as a text encoder: texts to tokens, tokens to the hidden states of one layer. Knows no queue and no HTTP."""
+"""Qwen3 as a text encoder: texts to tokens, tokens to the hidden states of one layer. Knows no queue and no HTTP.
+
+The same weights can write, too: see `shared.language`.
+"""
 
 import copy
 from collections.abc import Sequence
@@ -11,14 +14,14 @@ import structlog
 import torch
 from tokenizers import Tokenizer
 from torch import nn
-from transformers import AutoTokenizer, Qwen3Model
+from transformers import AutoTokenizer
 
 from services.encoder.settings import EncoderSettings
-from shared.checkpoint import checkpoint_dtype, require_parts, require_weights, weight_bytes
-from shared.errors import InvalidField, OutOfMemory
-from shared.tensors import dtype_of, pick_device, require_memory
+from shared.checkpoint import checkpoint_dtype, require_parts, weight_bytes
+from shared.errors import InvalidField, OutOfMemory, Unready
+from shared.language.model import LanguageModel, load_qwen3
+from shared.tensors import dtype_of, pick_device, quantize, require_memory
 
-DEVICE_ERROR = torch.AcceleratorError  # of the driver, as a CUDA assert
 MEMORY_ADVICE = "free some of it, or choose another device with --text-encoder-device"
 
 log = structlog.get_logger(__name__)
@@ -38,11 +41,21 @@ class ModelFacts:
 class TextEncoder:
     """The tokenizer and the language model of a Z-Image directory."""
 
-    def __init__(self, model: Any, tokenizer: Tokenizer, facts: ModelFacts) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Tokenizer, facts: ModelFacts, language: LanguageModel | None = None
+    ) -> None:
         self.facts = facts
+        self._language = language
         self._model = model
         self._tokenizer = tokenizer
         self._first_layers = lru_cache(maxsize=None)(self._cut)
+
+    @property
+    def language(self) -> LanguageModel:
+        """The same weights as a model that writes. Raises Unready for a checkpoint that has no head to write with."""
+        if self._language is None:
+            raise Unready("This text encoder cannot write: its checkpoint has no language model head.")
+        return self._language
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text; special tokens in the text are recognized, none are added. Safe in any thread."""
@@ -84,16 +97,22 @@ class TextEncoder:
 
 def load_text_encoder(settings: EncoderSettings) -> TextEncoder:
     """Loads `text_encoder` and `tokenizer` of the model directory. Raises UnusableModel."""
-    root = require_parts(settings.model_path, "text_encoder", "tokenizer")
+    root = require_parts(settings.model_path, *settings.parts)
     folder = root / "text_encoder"
-    require_weights(folder)
     device = pick_device(settings.text_encoder_device)
     dtype = dtype_of(settings.text_encoder_dtype, checkpoint_dtype(folder))
     require_memory(
         device, weight_bytes(folder, dtype.itemsize), what=f"the text encoder of {root}", advice=MEMORY_ADVICE
     )
-    model = Qwen3Model.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
-    model = model.to(device).eval().requires_grad_(requires_grad=False)
+    model, writes = load_qwen3(folder, device=device, dtype=dtype)
+    quantize(
+        model.model,
+        settings.text_encoder_quantization,
+        device,
+        flag=f"encoder.quantization = {settings.text_encoder_quantization}",
+        wanted=lambda module, name: isinstance(module, nn.Linear) and name.startswith("layers."),
+    )
+    tokenizer = AutoTokenizer.from_pretrained(root / "tokenizer")
     facts = ModelFacts(
         name=_name(root),
         width=model.config.hidden_size,
@@ -102,7 +121,8 @@ def load_text_encoder(settings: EncoderSettings) -> TextEncoder:
         device=str(device),
     )
     log.info("text encoder loaded", model_path=str(root), device=facts.device, dtype=facts.dtype, layers=facts.layers)
-    return TextEncoder(model, AutoTokenizer.from_pretrained(root / "tokenizer").backend_tokenizer, facts)
+    language = LanguageModel(model, tokenizer, facts.name) if writes else None
+    return TextEncoder(model.model, tokenizer.backend_tokenizer, facts, language)
 
 
 def _name(root: Path) -> str:

@@ -3,16 +3,30 @@
 import asyncio
 import base64
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Protocol
+from urllib.parse import quote
 
-from pydantic import ValidationError
+import httpx2
+from pydantic import BaseModel, ValidationError
 
 from shared import wire
-from shared.client import Reply, ServiceClient
+from shared.client import ServiceClient
 from shared.errors import BadUpstream, ServiceError
-from shared.schemas.diffusion import NEGATIVE, PARAMETERS, TEXT, THUMBNAIL_HEADER, DiffusionParameters
+from shared.events import ERROR
+from shared.schemas.diffusion import (
+    DONE,
+    NEGATIVE,
+    PARAMETERS,
+    PROGRESS,
+    TEXT,
+    THUMBNAIL_HEADER,
+    DiffusionParameters,
+    Done,
+    LoraList,
+)
 from shared.schemas.encoder import HiddenStates, Tokens
 from shared.wire import Header, TensorMeta, WireError
 
@@ -47,6 +61,43 @@ class Encoding:
 
     items: tuple[Embeddings, ...]
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Commission:
+    """A picture to draw: its parameters, the embeddings of its texts, and those of its reference pictures."""
+
+    parameters: DiffusionParameters
+    text: Embeddings
+    negative: Embeddings | None
+    references: Sequence[Embeddings] = ()
+
+    def chunks(self) -> list[bytes | memoryview]:
+        """The message for the diffusion service. Fields that are as by default are left out: older nodes know fewer."""
+        tensors = {TEXT: self.text} if self.negative is None else {TEXT: self.text, NEGATIVE: self.negative}
+        tensors |= dict(zip(self.parameters.references, self.references, strict=True))
+        header = wire.build_header(
+            [TensorMeta(name, item.dtype, item.shape) for name, item in tensors.items()],
+            {PARAMETERS: self.parameters.model_dump_json(exclude_defaults=True)},
+        )
+        return [header, *(item.data for item in tensors.values())]
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A picture as it came, its small JPEG (empty where there is none), and how long each stage took."""
+
+    png: bytes
+    thumbnail: bytes
+    server_timing: str
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What happens to a picture: the event's name and fields, as the diffusion service told them."""
+
+    name: str
+    fields: BaseModel
 
 
 class BackEnd(Protocol):
@@ -87,7 +138,7 @@ class EncoderClient:
         )
         try:
             header = wire.parse_header(reply.body)
-            items = tuple(_embeddings(reply, header, f"hidden_states.{index}") for index in range(len(texts)))
+            items = tuple(embeddings_of(reply.body, header, f"hidden_states.{index}") for index in range(len(texts)))
         except (WireError, KeyError):
             raise BadUpstream("The encoder service answered something that is not embeddings.") from None
         return Encoding(items, time.perf_counter() - started)
@@ -151,22 +202,35 @@ class DiffusionClient:
         """Whether the service is ready; None when it is, else why not."""
         return await probe(self.service)
 
-    async def generate(
-        self, parameters: DiffusionParameters, text: Embeddings, negative: Embeddings | None, *, timeout_s: float
-    ) -> Reply:
-        """The PNG and its headers. The embeddings' bytes are sent as they came. Raises a ServiceError."""
-        tensors = {TEXT: text} if negative is None else {TEXT: text, NEGATIVE: negative}
-        header = wire.build_header(
-            [TensorMeta(name, item.dtype, item.shape) for name, item in tensors.items()],
-            {PARAMETERS: parameters.model_dump_json()},
-        )
-        chunks: list[bytes | memoryview] = [header, *(item.data for item in tensors.values())]
+    async def generate(self, commission: Commission, *, timeout_s: float) -> Drawn:
+        """The picture. The embeddings' bytes are sent as they came. Raises a ServiceError."""
         reply = await self.service.post_chunks(
-            "/v1/generate", chunks, timeout_s=timeout_s, headers={"content-type": wire.MEDIA_TYPE}
+            "/v1/generate", commission.chunks(), timeout_s=timeout_s, headers={"content-type": wire.MEDIA_TYPE}
         )
-        if not reply.body.startswith(PNG_SIGNATURE):
-            raise BadUpstream("The diffusion service answered something that is not a PNG.")
-        return reply
+        return _drawn(reply.body, reply.headers)
+
+    async def follow(self, commission: Commission, *, timeout_s: float) -> AsyncGenerator[Progress | Drawn]:
+        """What happens to the picture, which comes last. Closing the generator gives it up. Raises a ServiceError."""
+        headers = {"content-type": wire.MEDIA_TYPE}
+        stream = self.service.stream_chunks("/v1/generate", commission.chunks(), timeout_s=timeout_s, headers=headers)
+        async with aclosing(stream) as events:
+            async for event in events:
+                if event.event == ERROR:
+                    raise self.service.rebuilt(event.data.encode())
+                done = event.event == DONE
+                yield await asyncio.to_thread(_read_done, event.data) if done else _progress(event)
+
+    async def cancel(self, request_id: str, *, timeout_s: float) -> None:
+        """Gives up the pictures of a request. Raises UnknownName when there is none, or another ServiceError."""
+        await self.service.delete(f"/v1/generate/{quote(request_id, safe='')}", timeout_s=timeout_s)
+
+    async def loras(self, *, timeout_s: float) -> LoraList:
+        """The LoRAs that pictures may have. Raises a ServiceError."""
+        reply = await self.service.get("/v1/loras", timeout_s=timeout_s)
+        try:
+            return LoraList.model_validate_json(reply.body)
+        except ValidationError:
+            raise BadUpstream("The diffusion service answered something that is no list of LoRAs.") from None
 
 
 async def probe(service: ServiceClient, path: str = "/health/ready") -> ServiceError | None:
@@ -178,12 +242,30 @@ async def probe(service: ServiceClient, path: str = "/health/ready") -> ServiceE
     return None
 
 
-def thumbnail_of(reply: Reply) -> bytes:
-    """The small JPEG that came with a picture, empty where there was none."""
+def _drawn(png: bytes, headers: Mapping[str, str]) -> Drawn:
+    if not png.startswith(PNG_SIGNATURE):
+        raise BadUpstream("The diffusion service answered something that is not a PNG.")
     try:
-        return base64.b64decode(reply.headers.get(THUMBNAIL_HEADER, ""), validate=True)
+        thumbnail = base64.b64decode(headers.get(THUMBNAIL_HEADER, ""), validate=True)
     except ValueError:
-        return b""
+        thumbnail = b""
+    return Drawn(png, thumbnail, headers.get("server-timing", ""))
+
+
+def _read_done(text: str) -> Drawn:
+    try:
+        done = Done.model_validate_json(text)
+        png = base64.b64decode(done.image_b64, validate=True)
+    except ValueError:  # ValidationError and binascii.Error are
+        raise BadUpstream("The diffusion service answered something that is not a PNG.") from None
+    return _drawn(png, httpx2.Headers(done.headers))
+
+
+def _progress(event: httpx2.ServerSentEvent) -> Progress:
+    try:
+        return Progress(event.event, PROGRESS[event.event].model_validate_json(event.data))
+    except (KeyError, ValidationError):
+        raise BadUpstream("The diffusion service told something that is no event of a picture.") from None
 
 
 def _read_api_answer(body: bytes) -> Embeddings:
@@ -198,9 +280,10 @@ def _read_api_answer(body: bytes) -> Embeddings:
     return Embeddings(meta.dtype, meta.shape, memoryview(data))
 
 
-def _embeddings(reply: Reply, header: Header, name: str) -> Embeddings:
+def embeddings_of(message: bytes, header: Header, name: str) -> Embeddings:
+    """The tensor of that name, unread. Raises KeyError, and WireError where it cannot be embeddings."""
     meta = header.tensor(name)
     span = header.span(name)
-    if meta is None or len(meta.shape) != 2 or not all(meta.shape) or span.stop > len(reply.body):
+    if meta is None or len(meta.shape) != 2 or not all(meta.shape) or span.stop > len(message):
         raise WireError(f"the tensor '{name}' is missing, empty, incomplete or not of rank 2")
-    return Embeddings(meta.dtype, meta.shape, memoryview(reply.body)[span])
+    return Embeddings(meta.dtype, meta.shape, memoryview(message)[span])

@@ -1,26 +1,26 @@
 """The gateway's use cases: format a prompt, encode it, make a picture of it. Knows no HTTP and no tensors."""
 
 import asyncio
-import secrets
 import time
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
-from services.gateway.clients import DiffusionClient, Embeddings, Encoder, thumbnail_of
+from services.gateway.clients import Embeddings, Encoder, Progress
+from services.gateway.drawing import NOT_PICTURE, Clock, Drawing, Generated, Happened, Origin, Report, Texts, Wanted
 from services.gateway.files import write_embeddings
-from services.gateway.pictures import with_parameters
+from services.gateway.rewriting import RewriteEvent, Rewriting, answer_of, rewritten_request
 from services.gateway.settings import GatewaySettings
-from services.gateway.store import History
-from shared.chat import UNCONDITIONAL, format_prompt
-from shared.client import Reply
-from shared.errors import InvalidField, Unready, UpstreamTimeout
-from shared.schemas.diffusion import DiffusionParameters
+from services.gateway.vision import Seen, Vision
+from shared.chat import Conversation, format_prompt
+from shared.errors import Cancelled, InvalidField
+from shared.schemas.diffusion import LoraList
 from shared.schemas.public import EncodeRequest, GenerateRequest, PromptRequest
+from shared.schemas.rewriter import REWRITTEN, RewriteAnswer, RewriteChoice, RewriteOptions, RewriteRequest
+from shared.schemas.vl import DescribeParameters, VlGenerateRequest
 from shared.templates import Templates
-
-T = TypeVar("T")
-DRAWN_SEEDS = 2**32  # small enough for every client's number type; a request may name any up to 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,17 +33,6 @@ class Encoded:
 
 
 @dataclass(frozen=True, slots=True)
-class Generated:
-    """A picture, what determined it, and how long each stage took (in the form of the Server-Timing header)."""
-
-    png: bytes
-    parameters: DiffusionParameters
-    seconds: float
-    server_timing: str
-    history_id: int | None
-
-
-@dataclass(frozen=True, slots=True)
 class Saved:
     """Embeddings that lie in a file."""
 
@@ -51,31 +40,8 @@ class Saved:
     encoded: Encoded
 
 
-class _Clock:
-    """The time of one request: its deadline, and its stages in the form of the Server-Timing header."""
-
-    def __init__(self, timeout_s: float) -> None:
-        self._started = time.perf_counter()
-        self._timeout_s = timeout_s
-        self.stages: list[str] = []
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self._started
-
-    def left_s(self) -> float:
-        """Seconds to the deadline. Raises UpstreamTimeout when there are none."""
-        left_s = self._timeout_s - self.seconds
-        if left_s <= 0:
-            raise UpstreamTimeout(f"The picture was not ready within {self._timeout_s:g} s.")
-        return left_s
-
-    def note(self, stage: str, seconds: float) -> None:
-        self.stages.append(f"{stage};dur={seconds * 1000:.2f}")
-
-
 class GatewayEngine:
-    """Orchestrates the services for one request at a time; holds no state of its own."""
+    """Orchestrates the services; holds no state but what is being done."""
 
     def __init__(
         self,
@@ -83,14 +49,17 @@ class GatewayEngine:
         templates: Templates,
         *,
         encoder: Encoder,
-        diffusion: DiffusionClient | None = None,
-        history: History | None = None,
+        drawing: Drawing,
+        rewriting: Rewriting,
+        vision: Vision,
     ) -> None:
         self.templates = templates
         self._settings = settings
         self._encoder = encoder
-        self._diffusion = diffusion
-        self._history = history
+        self._drawing = drawing
+        self._works: defaultdict[str, set[asyncio.Task[None]]] = defaultdict(set)
+        self._rewriting = rewriting
+        self.vision = vision
 
     def format(self, request: PromptRequest) -> str:
         """The text that the encoder will read. Raises UnknownName, InvalidField."""
@@ -105,6 +74,18 @@ class GatewayEngine:
         """How many tokens the encoder makes of the text. Raises a ServiceError."""
         return await self._encoder.count_tokens(formatted_prompt, timeout_s=self._settings.encode_timeout_s)
 
+    async def rewrite(self, request: RewriteRequest) -> RewriteAnswer:
+        """A longer prompt, or with a picture what is said of it. Raises a ServiceError."""
+        if request.image is not None:
+            return await self._describe(request, request.image)
+        return await self._rewriting.rewrite(request.prompt, request, timeout_s=self._settings.rewrite_timeout_s)
+
+    def follow_rewriting(self, request: RewriteRequest) -> AsyncGenerator[RewriteEvent | RewriteAnswer]:
+        """The same as it comes. Closing the generator ends it. Raises a ServiceError."""
+        if request.image is not None:
+            return self._follow_describing(request, request.image)
+        return self._rewriting.follow(request, timeout_s=self._settings.rewrite_timeout_s)
+
     async def encode(self, request: EncodeRequest) -> Encoded:
         """The embeddings of a prompt. Raises a ServiceError."""
         formatted = self.format(request)
@@ -113,46 +94,39 @@ class GatewayEngine:
         )
         return Encoded(formatted, encoding.items[0], encoding.seconds)
 
-    async def generate(self, request: GenerateRequest) -> Generated:
-        """A picture of a prompt, within the deadline that the settings name. Raises a ServiceError."""
-        if self._diffusion is None:
-            raise Unready("This server runs only the encoder (--encoder-only): it makes no pictures.")
-        clock = _Clock(self._settings.generate_timeout_s)
-        formatted, layer, parameters = self.format(request), self._layer(request), self.parameters(request)
-        texts = [formatted, UNCONDITIONAL] if parameters.guidance_scale > 0 else [formatted]
-        encoding = await self._encoder.encode(
-            texts, layer=layer, timeout_s=min(self._settings.encode_timeout_s, clock.left_s())
-        )
-        clock.note("encode", encoding.seconds)
-        text, negative = encoding.items[0], (encoding.items[1] if len(texts) > 1 else None)
-        reply = await self._diffusion.generate(parameters, text, negative, timeout_s=clock.left_s())
-        clock.stages.append(reply.headers.get("server-timing", ""))
-        again = {**request.model_dump(mode="json"), **parameters.model_dump(mode="json"), "hidden_layer": layer}
-        png, seconds = with_parameters(reply.body, again), clock.seconds
-        history_id = await self._keep(again, seconds, png, reply)
-        clock.note("history", clock.seconds - seconds)
-        clock.note("total", clock.seconds)
-        return Generated(png, parameters, seconds, ", ".join(filter(None, clock.stages)), history_id)
+    async def generate(
+        self, request: GenerateRequest, *, request_id: str | None = None, watched: bool = False
+    ) -> AsyncGenerator[Happened | Generated]:
+        """The pictures of a prompt, within the deadline of request and settings, in the order in which they are done;
+        with `watched` also what happens before. Closing the generator gives them up, as `cancel` with the id does.
 
-    def parameters(self, request: GenerateRequest) -> DiffusionParameters:
-        """The request's parameters with the server's defaults and a drawn seed where it names none.
-
-        Raises InvalidField for a picture that is larger than this server makes.
+        Raises a ServiceError.
         """
-        defaults = self._settings
-        parameters = DiffusionParameters(
-            width=_or(request.width, defaults.width),
-            height=_or(request.height, defaults.height),
-            steps=_or(request.steps, defaults.steps),
-            seed=secrets.randbelow(DRAWN_SEEDS) if request.seed is None else request.seed,
-            guidance_scale=_or(request.guidance_scale, defaults.guidance_scale),
-            shift=_or(request.shift, defaults.shift),
-            long_prompt_mode=_or(request.long_prompt_mode, defaults.long_prompt_mode),
-        )
-        pixels = parameters.width * parameters.height
-        if pixels > defaults.max_pixels:
-            raise InvalidField(f"'width' times 'height' must be at most {defaults.max_pixels} pixels, not {pixels}.")
-        return parameters
+        told: asyncio.Queue[Happened | Generated | None] = asyncio.Queue()
+        work = asyncio.create_task(self._generate(request, told.put_nowait, watched=watched))
+        work.add_done_callback(lambda _: told.put_nowait(None))
+        with self._cancellable(work, request_id):
+            try:
+                while (item := await told.get()) is not None:
+                    yield item
+                if work.cancelled():
+                    raise Cancelled("The request was cancelled.")
+                work.result()
+            finally:
+                work.cancel()
+                await asyncio.gather(work, return_exceptions=True)
+
+    async def cancel(self, request_id: str) -> None:
+        """Gives up what is drawn for a request. Raises UnknownName when nothing is, or another ServiceError."""
+        works = self._works.get(request_id)
+        if not works:
+            await self._drawing.cancel(request_id)
+        for work in works or ():
+            work.cancel()
+
+    async def loras(self) -> LoraList:
+        """The LoRAs that requests may name. Raises a ServiceError."""
+        return await self._drawing.loras()
 
     async def save_embeddings(self, request: EncodeRequest) -> Saved:
         """Writes the embeddings of a prompt to a file of the data directory. Raises a ServiceError."""
@@ -165,15 +139,75 @@ class GatewayEngine:
         )
         return Saved(path, encoded)
 
-    async def _keep(self, again: dict[str, Any], seconds: float, png: bytes, reply: Reply) -> int | None:
-        if self._history is None:
+    async def _generate(self, request: GenerateRequest, report: Report, *, watched: bool) -> None:
+        _ = self._drawing.client
+        limit_s = self._settings.generate_timeout_s
+        clock = Clock(limit_s if request.timeout_s is None else min(limit_s, request.timeout_s))
+        formatted, layer, parameters = self.format(request), self._layer(request), self._drawing.parameters(request)
+        seen = await self._seen(request, clock)
+        origin = Origin()
+        if request.rewrite is not None:
+            rewritten = await self._rewrite(request.prompt, request.rewrite, clock)
+            origin = Origin(request.prompt, request.rewrite.rewriter)
+            request = rewritten_request(request, rewritten)
+            formatted = self.format(request)
+            if watched:
+                report(Happened(0, Progress(REWRITTEN, rewritten)))
+        texts = [formatted]
+        if parameters[0].guidance_scale > 0:
+            texts.append(format_prompt(Conversation(prompt=request.negative_prompt or "")))
+        encoding = await self._encoder.encode(
+            texts, layer=layer, timeout_s=min(self._settings.encode_timeout_s, clock.left_s())
+        )
+        clock.note("encode", encoding.seconds)
+        fields = {**request.model_dump(mode="json", exclude=NOT_PICTURE), "hidden_layer": layer}
+        references: tuple[Embeddings, ...] = ()
+        if seen is not None:
+            references, fields = seen.references, {**fields, **seen.fields}
+            parameters = [one.model_copy(update={"blending": seen.blending}) for one in parameters]
+        negative = encoding.items[1] if len(texts) > 1 else None
+        wanted = Wanted(parameters, Texts(encoding.items[0], negative, references), fields, origin)
+        await self._drawing.draw(wanted, clock, report, watched=watched)
+
+    async def _describe(self, request: RewriteRequest, image: str) -> RewriteAnswer:
+        started = time.perf_counter()
+        parameters = DescribeParameters(
+            prompt=request.prompt,
+            system_prompt=self._rewriting.system_prompt(request),
+            **request.model_dump(include=set(RewriteOptions.model_fields)),
+        )
+        written = await self.vision.describe(image, parameters, timeout_s=self._settings.rewrite_timeout_s)
+        return answer_of(request.prompt, request, written, started)
+
+    async def _follow_describing(self, request: RewriteRequest, image: str) -> AsyncGenerator[RewriteAnswer]:
+        yield await self._describe(request, image)
+
+    async def _seen(self, request: GenerateRequest, clock: Clock) -> Seen | None:
+        if not isinstance(request, VlGenerateRequest):
             return None
-        entry = {"timestamp": time.time(), **again, "gen_time": round(seconds, 3)}
-        return await self._history.add(entry, png, thumbnail_of(reply))
+        seen = await self.vision.see(request, clock.left_s)
+        clock.note("vision", seen.seconds)
+        return seen
+
+    async def _rewrite(self, prompt: str, choice: RewriteChoice, clock: Clock) -> RewriteAnswer:
+        timeout_s = min(self._settings.rewrite_timeout_s, clock.left_s())
+        rewritten = await self._rewriting.rewrite(prompt, choice, timeout_s=timeout_s)
+        clock.note("rewrite", rewritten.gen_time)
+        return rewritten
+
+    @contextmanager
+    def _cancellable(self, work: "asyncio.Task[None]", request_id: str | None) -> Iterator[None]:
+        """Lets `cancel` find the work while it is done."""
+        if request_id is None:
+            yield
+            return
+        self._works[request_id].add(work)
+        try:
+            yield
+        finally:
+            self._works[request_id].discard(work)
+            if not self._works[request_id]:
+                del self._works[request_id]
 
     def _layer(self, request: EncodeRequest) -> int:
-        return _or(request.hidden_layer, self._settings.hidden_layer)
-
-
-def _or(given: T | None, default: T) -> T:
-    return default if given is None else given
+        return self._settings.hidden_layer if request.hidden_layer is None else request.hidden_layer

@@ -1,20 +1,30 @@
 """What the gateway is told: its address, where the services are, and the defaults of a request's fields."""
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Self
 
-from platformdirs import user_data_path
-from pydantic import AnyHttpUrl, SecretStr, UrlConstraints, model_validator
+from pydantic import AnyHttpUrl, model_validator
 from pydantic_core import PydanticCustomError
 
-from shared.schemas.fields import GuidanceScale, HiddenLayer, LongPromptMode, Shift, Side, Steps
-from shared.settings import DEFAULT_MAX_PIXELS, ServiceSettings, setting
+from shared.schemas.fields import (
+    Alpha,
+    BlendMode,
+    GuidanceScale,
+    HiddenLayer,
+    LongPromptMode,
+    OutlierMasking,
+    PreviewEvery,
+    Shift,
+    Side,
+    Steps,
+    StyleShare,
+    VlLayer,
+)
+from shared.settings import DEFAULT_MAX_PIXELS, DataSettings, ServiceUrl, UpstreamSettings, VisionSettings, setting
 from shared.templates import DEFAULT_DIR
 
-ServiceUrl = Annotated[AnyHttpUrl, UrlConstraints(allowed_schemes=["http", "https"])]
 
-
-class GatewaySettings(ServiceSettings):
+class GatewaySettings(UpstreamSettings, DataSettings, VisionSettings):
     """Settings of the gateway."""
 
     host: str = setting("127.0.0.1", key="server.host", panel="Server", description="Server host.")
@@ -28,18 +38,17 @@ class GatewaySettings(ServiceSettings):
         panel="Server",
         description="Use the API backend for encoding (local is default).",
     )
-    api_url: ServiceUrl | None = setting(
-        None, key="api.url", panel="API backend", description="URL of an API backend that serves /v1/hidden_states."
-    )
     api_model: str | None = setting(
         None, key="api.model", panel="API backend", description="Model ID for the API backend."
     )
-    api_key: SecretStr | None = setting(None, key="", description="key of the API backend, sent as a bearer token")
-    encoder_url: ServiceUrl = setting(
-        AnyHttpUrl("http://127.0.0.1:7861"), key="encoder.url", description="base URL of the encoder"
-    )
     diffusion_url: ServiceUrl = setting(
         AnyHttpUrl("http://127.0.0.1:7864"), key="diffusion.url", description="base URL of the diffusion service"
+    )
+    rewriter_url: ServiceUrl | None = setting(
+        None, key="rewriter.url", description="base URL of the rewriter; without one prompts are not rewritten"
+    )
+    vl_url: ServiceUrl | None = setting(
+        None, key="vl.url", description="base URL of the vl service; without one there is no vision conditioning"
     )
     redis_url: str | None = setting(
         None,
@@ -53,12 +62,6 @@ class GatewaySettings(ServiceSettings):
     history_max_bytes: int = setting(
         1 << 30, key="history.max_bytes", ge=1 << 20, description="bytes that the history keeps, pictures included"
     )
-    data_dir: Path = setting(
-        user_data_path("zimage", appauthor=False),
-        key="data_dir",
-        panel="Server",
-        description="Folder for everything that is written: history, logs, pictures, embeddings.",
-    )
     templates_dir: Path = setting(DEFAULT_DIR, key="templates_dir", description="folder of the templates")
     hidden_layer: HiddenLayer = setting(
         -2,
@@ -69,6 +72,9 @@ class GatewaySettings(ServiceSettings):
     width: Side = setting(1024, key="generation.width", description="width of a picture that names none, in pixels")
     height: Side = setting(1024, key="generation.height", description="height of a picture that names none, in pixels")
     steps: Steps = setting(9, key="generation.steps", description="denoising steps of a picture that names none")
+    preview_every: PreviewEvery = setting(
+        3, key="generation.preview_every", description="steps between two previews in a stream of events; 0 is none"
+    )
     shift: Shift = setting(3.0, key="scheduler.shift", panel="Generation", description="Scheduler shift/mu parameter.")
     guidance_scale: GuidanceScale = setting(
         0.0, key="generation.guidance_scale", panel="Generation", description="CFG scale (0.0 for Z-Image Turbo)."
@@ -79,14 +85,50 @@ class GatewaySettings(ServiceSettings):
         panel="Generation",
         description="How to handle prompts beyond the text limit (1504 tokens for the published model).",
     )
+    vl_alpha: Alpha = setting(
+        0.3, key="vl.default_alpha", panel="Vision", description="Influence of the picture: 0.0=text only, 1.0=VL only."
+    )
+    vl_hidden_layer: VlLayer = setting(
+        -2, key="vl.default_hidden_layer", panel="Vision", description="Hidden layer to extract (-1 to -6)."
+    )
+    vl_blend_mode: BlendMode = setting(
+        BlendMode.LINEAR, key="vl.default_blend_mode", description="how a reference is blended in by default"
+    )
+    vl_outlier_masking: OutlierMasking = setting(
+        OutlierMasking.OFF,
+        key="vl.outlier_masking",
+        description="what becomes of a reference's dimensions that spread far more than the prompt's: "
+        "off, zero, clamp or scale",
+    )
+    vl_style_share: StyleShare = setting(
+        1 / 3, key="vl.style_share", description="share of the dimensions, the last ones, that style_only blends"
+    )
+    vl_cache_bytes: int = setting(
+        256 << 20, key="vl.cache_bytes", ge=1 << 20, description="bytes of extracted embeddings that Redis keeps"
+    )
+    vl_cache_ttl_s: float = setting(
+        7 * 86_400.0, key="vl.cache_ttl_s", gt=0, description="seconds that embeddings are kept after their last use"
+    )
+    vl_timeout_s: float = setting(
+        300.0, key="server.vl_timeout_s", gt=0, description="deadline of an extraction, waiting included, in seconds"
+    )
     max_pixels: int = setting(
         DEFAULT_MAX_PIXELS, key="generation.max_pixels", ge=256, description="largest width x height of a picture"
     )
     encode_timeout_s: float = setting(
         120.0, key="server.encode_timeout_s", gt=0, description="deadline of an encode, in seconds"
     )
+    rewrite_timeout_s: float = setting(
+        300.0, key="server.rewrite_timeout_s", gt=0, description="deadline of a rewriting, in seconds"
+    )
     generate_timeout_s: float = setting(
         600.0, key="server.generate_timeout_s", gt=0, description="deadline of a picture, waiting included, in seconds"
+    )
+    resend_timeout_s: float = setting(
+        120.0,
+        key="server.resend_timeout_s",
+        ge=0,
+        description="seconds that a picture which was not begun waits for the diffusion service to be there again",
     )
 
     @property

@@ -9,30 +9,24 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
 from typing import Any, Self
 
 import structlog
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
-from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from services.gateway.connection import ANSWER_TIMEOUT_S, AWAY, connect, told
 from services.gateway.scripts import ADD, CLEAR, DELETE
-from shared.errors import UnknownName, Unreachable
+from shared.errors import UnknownName
 
 PREFIX = "{zimage}:history:"  # the braces keep the keys together on a Redis cluster
-CONNECT_TIMEOUT_S = 1.0
-ANSWER_TIMEOUT_S = 5.0
 PING_INTERVAL_S = 0.5
 ADD_WINDOW_S = 6.0  # how long writing is tried again once Redis went away: longer than its supervisor needs
 ADD_PAUSE_S = 0.2
 READ_AT_ONCE = 16
+MAX_INDEX = 2**53  # beyond any entry, and a whole number to Redis, Lua and JSON alike
 
-_AWAY = (RedisConnectionError, RedisTimeoutError, OSError)
 Row = tuple[dict[str, Any], bytes | None]
 log = structlog.get_logger(__name__)
 
@@ -58,13 +52,7 @@ class History:
 
     def __init__(self, url: str, bounds: Bounds) -> None:
         self._bounds = bounds
-        self._redis: Redis = Redis.from_url(
-            url,
-            socket_connect_timeout=CONNECT_TIMEOUT_S,
-            socket_timeout=ANSWER_TIMEOUT_S,
-            retry=Retry(NoBackoff(), 0),
-            max_connections=64,
-        )
+        self._redis = connect(url)
         self._add, self._delete, self._clear = (self._redis.register_script(text) for text in (ADD, DELETE, CLEAR))
         self._away_since: float | None = None
 
@@ -133,8 +121,10 @@ class History:
 
     async def delete(self, index: int) -> Deleted:
         """Removes the entry at that place. Raises UnknownName, Unreachable."""
-        async with _told():
-            found = await self._delete(keys=[PREFIX], args=[index])
+        found = None
+        if 0 <= index <= MAX_INDEX:  # Redis would count negative ones from the end
+            async with _told():
+                found = await self._delete(keys=[PREFIX], args=[index])
         if found is None:
             raise UnknownName("There is no history entry with that index.")
         entry_id, text, remaining = found
@@ -149,7 +139,7 @@ class History:
         while True:
             try:
                 return int(await self._add(keys=[PREFIX], args=arguments))
-            except _AWAY:
+            except AWAY:
                 await asyncio.sleep(ADD_PAUSE_S)
 
     async def _read(self, ids: Sequence[int], images: str) -> list[Row]:
@@ -171,7 +161,7 @@ class History:
                 async with asyncio.timeout(ANSWER_TIMEOUT_S):
                     await self._redis.ping()
                 here = True
-            except (*_AWAY, RedisError, TimeoutError):
+            except (*AWAY, RedisError, TimeoutError):
                 here = False
             if here != self.is_here:
                 log.warning("Redis is back" if here else "Redis is away")
@@ -179,10 +169,5 @@ class History:
             await asyncio.sleep(PING_INTERVAL_S)
 
 
-@asynccontextmanager
-async def _told() -> AsyncIterator[None]:
-    """Tells a client that history cannot be reached, without the text of a library."""
-    try:
-        yield
-    except (*_AWAY, RedisError):
-        raise Unreachable("The history cannot be reached; pictures are still made.", retry_after_s=2) from None
+def _told() -> AbstractAsyncContextManager[None]:
+    return told("The history cannot be reached; pictures are still made.")

@@ -1,7 +1,7 @@
 """Watches whether the services are ready, so that `/health` answers from memory however busy they are."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import structlog
 
@@ -15,10 +15,16 @@ log = structlog.get_logger(__name__)
 
 
 class Watch:
-    """Probes each service every `INTERVAL_S` seconds and remembers the answer."""
+    """Probes each service every `INTERVAL_S` seconds and remembers the answer.
 
-    def __init__(self, back_ends: Mapping[str, BackEnd]) -> None:
+    Without an `optional` service most requests can be answered. It is waited for at the start; when it goes away later
+    this gateway stays ready.
+    """
+
+    def __init__(self, back_ends: Mapping[str, BackEnd], *, optional: Sequence[str] = ()) -> None:
         self._back_ends = back_ends
+        self._optional = optional
+        self._seen: set[str] = set()  # services that were ready once
         self._health = {
             name: ServiceHealth(status="starting", url=back_end.service.base_url, reason="it has not been asked yet")
             for name, back_end in back_ends.items()
@@ -33,9 +39,15 @@ class Watch:
         """Whether the service was ready when it was last asked."""
         return name in self._health and self._health[name].status == READY
 
+    @property
+    def complete(self) -> bool:
+        """Whether every service is ready."""
+        return all(self.is_ready(name) for name in self._back_ends)
+
     def unready_reason(self) -> str | None:
-        """Which services are not ready, or None."""
-        waiting = [name for name in self._back_ends if not self.is_ready(name)]
+        """Which services are not ready without which this gateway is not, or None."""
+        spared = self._seen.intersection(self._optional)
+        waiting = [name for name in self._back_ends if not self.is_ready(name) and name not in spared]
         return f"waiting for {' and '.join(waiting)}" if waiting else None
 
     async def run(self) -> None:
@@ -55,6 +67,7 @@ class Watch:
         before = self._health[name].status
         if error is None:
             health = ServiceHealth(status=READY, url=url)
+            self._seen.add(name)
         else:
             status = "starting" if isinstance(error, Unready) else "unreachable"
             health = ServiceHealth(status=status, url=url, reason=error.detail)

@@ -1,22 +1,44 @@
 """The encoder's bodies. `/v1/hidden_states` is the endpoint that heylookitsanllm serves, so either can stand in."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Discriminator, Field, Tag
 
 from shared.schemas.fields import HiddenLayer, Name, RequestModel, Text
 
 MAX_INPUTS = 64
 MAX_INPUT_CHARS = 4 * 32_000 + 1_000  # the four parts of a prompt and the marks between them
 
+
+def _kind(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "text"
+    return "texts" if isinstance(value, list) else None
+
+
 Input = Annotated[str, Field(min_length=1, max_length=MAX_INPUT_CHARS), *Text.__metadata__[1:]]
 Inputs = Annotated[list[Input], Field(min_length=1, max_length=MAX_INPUTS)]
+InputOrInputs = Annotated[
+    Annotated[Input, Tag("text")] | Annotated[Inputs, Tag("texts")],
+    Discriminator(_kind, "zimage_input", "must be a string or a list of strings"),
+]
 
 
-class HiddenStatesRequest(RequestModel):
+class TextsRequest(RequestModel):
+    """One text or several, for the model."""
+
+    input: InputOrInputs = Field(description="One text or several.", examples=["A cat sleeping"])
+
+    @property
+    def texts(self) -> list[str]:
+        """The input as a list."""
+        return [self.input] if isinstance(self.input, str) else list(self.input)
+
+
+class HiddenStatesRequest(TextsRequest):
     """Texts whose hidden states are wanted, with the chat format already applied."""
 
-    input: Input | Inputs = Field(
+    input: InputOrInputs = Field(
         description="One text or several, already in the chat format.",
         examples=["<|im_start|>user\nA cat sleeping<|im_end|>\n<|im_start|>assistant\n"],
     )
@@ -28,11 +50,6 @@ class HiddenStatesRequest(RequestModel):
     encoding_format: Literal["float", "base64"] = Field(
         "float", description="Form of `hidden_states` in a JSON answer."
     )
-
-    @property
-    def texts(self) -> list[str]:
-        """The input as a list."""
-        return [self.input] if isinstance(self.input, str) else list(self.input)
 
 
 class HiddenStates(BaseModel):
@@ -48,15 +65,8 @@ class HiddenStates(BaseModel):
     encoding_format: Literal["float", "base64"]
 
 
-class TokenizeRequest(RequestModel):
+class TokenizeRequest(TextsRequest):
     """Texts whose tokens are wanted."""
-
-    input: Input | Inputs = Field(examples=["A cat sleeping"])
-
-    @property
-    def texts(self) -> list[str]:
-        """The input as a list."""
-        return [self.input] if isinstance(self.input, str) else list(self.input)
 
 
 class Tokens(BaseModel):

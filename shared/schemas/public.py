@@ -5,11 +5,19 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from shared.chat import Conversation
+from shared.schemas.diffusion import Done, Loras
 from shared.schemas.fields import (
+    BlendMode,
+    CfgNormalization,
+    CfgTruncation,
     GuidanceScale,
     HiddenLayer,
     LongPromptMode,
     Name,
+    NumImages,
+    OutlierMasking,
+    PreviewEvery,
+    Priority,
     Prompt,
     RequestModel,
     Seed,
@@ -17,7 +25,9 @@ from shared.schemas.fields import (
     Side,
     Steps,
     Text,
+    TimeoutS,
 )
+from shared.schemas.rewriter import RewriteChoice
 
 
 class PromptRequest(RequestModel):
@@ -74,6 +84,42 @@ class GenerateRequest(EncodeRequest):
         description="How a prompt beyond the text limit is fitted. Default interpolate.",
         examples=["interpolate"],
     )
+    rewrite: RewriteChoice | None = Field(
+        None, description="Rewrite the prompt first, as /api/rewrite does, and draw what comes of it.", examples=[None]
+    )
+    negative_prompt: Text | None = Field(
+        None, description="What guidance steers away from; without guidance it has no effect.", examples=["blurry"]
+    )
+    cfg_normalization: CfgNormalization | None = Field(
+        None,
+        description="Guidance makes a step at most so many times as long; 0 is off, true is 1. Default 0.",
+    )
+    cfg_truncation: CfgTruncation | None = Field(
+        None, description="The share of the way after which there is no guidance. Default 1.", examples=[1.0]
+    )
+    num_images: NumImages | None = Field(
+        None, description="Pictures to draw, their seeds counting up. Default 1.", examples=[1]
+    )
+    loras: Loras | None = Field(
+        None,
+        description="LoRAs of the server's folder, instead of those that pictures have by default.",
+        examples=[None],
+    )
+    priority: Priority | None = Field(
+        None, strict=False, description="Which waiting pictures are begun first. Default normal.", examples=["normal"]
+    )
+    timeout_s: TimeoutS | None = Field(
+        None, description="Seconds after which the picture is given up. Default, and at most, the server's own."
+    )
+    preview_every: PreviewEvery | None = Field(
+        None, description="Steps between two previews in a stream of events; 0 is none. Default 3.", examples=[3]
+    )
+
+
+class SeveralPictures(BaseModel):
+    """The pictures of one request as JSON, in the order of their seeds."""
+
+    images: list[Done]
 
 
 class EncodeAnswer(BaseModel):
@@ -166,7 +212,9 @@ class HistoryEntry(BaseModel):
 
     id: int
     timestamp: float = Field(description="Seconds since 1970.", examples=[1733285000.0])
-    prompt: str
+    prompt: str = Field(description="The prompt that was drawn.")
+    original_prompt: str | None = Field(default=None, description="The prompt before it was rewritten.")
+    rewriter: str | None = Field(default=None, description="The rewriter template that was named.")
     system_prompt: str | None
     thinking_content: str | None
     assistant_content: str | None
@@ -181,6 +229,19 @@ class HistoryEntry(BaseModel):
     shift: float
     long_prompt_mode: LongPromptMode
     hidden_layer: int
+    negative_prompt: str | None = None
+    cfg_normalization: float = 0.0
+    cfg_truncation: float = 1.0
+    loras: Loras | None = None
+    vl_embeddings_id: str | None = Field(default=None, description="The reference picture's, with vision conditioning.")
+    vl_references: list[dict[str, Any]] | None = Field(default=None, description="Of several references.")
+    vl_alpha: float | None = None
+    vl_hidden_layer: int | None = None
+    vl_image_tokens_only: bool | None = None
+    vl_text: str | None = None
+    vl_blend_mode: BlendMode | None = None
+    vl_outlier_masking: OutlierMasking | None = None
+    vl_style_share: float | None = None
     gen_time: float = Field(description="Seconds.", examples=[12.5])
     image_b64: str | None = Field(default=None, description="The PNG, with images=full.")
     thumb_b64: str | None = Field(default=None, description="A small JPEG, with images=thumb.")
@@ -207,6 +268,10 @@ class ClearedAnswer(BaseModel):
 
 GENERATE_EXAMPLES: dict[str, Any] = {
     "shortest": {"summary": "A prompt and nothing else", "value": {"prompt": "A cat sleeping"}},
+    "rewritten": {
+        "summary": "A prompt that is made longer first",
+        "value": {"prompt": "A cat sleeping", "rewrite": {"rewriter": "rewriter_scene_enhancer"}},
+    },
     "all fields": {
         "summary": "Every field with a value",
         "value": {

@@ -12,10 +12,14 @@ from services.encoder.app import create_app as create_encoder
 from services.encoder.settings import EncoderSettings
 from services.gateway.app import create_app as create_gateway
 from services.gateway.settings import GatewaySettings
+from services.rewriter.app import create_app as create_rewriter
+from services.rewriter.settings import RewriterSettings
 from shared.problems import MEDIA_TYPE as PROBLEM
 from shared.problems import Problem
+from shared.schemas.chat import ChatRequest
 from shared.schemas.encoder import HiddenStatesRequest, TokenizeRequest
 from shared.schemas.public import EncodeRequest, GenerateRequest, PromptRequest
+from shared.schemas.rewriter import RewritePrompt, RewriteRequest
 
 PUBLIC = {
     ("post", "/api/generate"),
@@ -24,6 +28,7 @@ PUBLIC = {
     ("post", "/api/save-embeddings"),
     ("get", "/api/templates"),
     ("get", "/api/rewriters"),
+    ("post", "/api/rewrite"),
     ("get", "/api/history"),
     ("delete", "/api/history"),
     ("delete", "/api/history/{index}"),
@@ -34,6 +39,7 @@ BODIES = {
     "/api/encode": EncodeRequest,
     "/api/save-embeddings": EncodeRequest,
     "/api/format-prompt": PromptRequest,
+    "/api/rewrite": RewriteRequest,
 }
 
 
@@ -59,6 +65,7 @@ def everything(gateway: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "gateway": gateway,
         "encoder": documents(create_encoder(EncoderSettings())),
         "diffusion": documents(create_diffusion(DiffusionSettings())),
+        "rewriter": documents(create_rewriter(RewriterSettings())),
     }
 
 
@@ -133,6 +140,8 @@ def example_from(document: dict[str, Any], schema: dict[str, Any]) -> Any:
         *[("gateway", path, model) for path, model in BODIES.items()],
         ("encoder", "/v1/hidden_states", HiddenStatesRequest),
         ("encoder", "/v1/tokenize", TokenizeRequest),
+        ("encoder", "/v1/chat/completions", ChatRequest),
+        ("rewriter", "/v1/rewrite", RewritePrompt),
     ],
 )
 def test_examples_of_fields_make_a_good_request(
@@ -163,7 +172,7 @@ def nested(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def test_a_picture_and_its_headers_are_documented(gateway: dict[str, Any]) -> None:
     picture = gateway["paths"]["/api/generate"]["post"]["responses"]["200"]
-    assert set(picture["content"]) == {"image/png"}
+    assert set(picture["content"]) == {"image/png", "multipart/mixed", "application/json", "text/event-stream"}
     assert {"X-Generation-Time", "X-Seed", "Server-Timing"} <= set(picture["headers"])
 
 

@@ -1,6 +1,5 @@
 """Many clients at once: nobody gets another's answer, and one that goes away frees the device."""
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -70,16 +69,3 @@ def test_a_client_that_goes_away_frees_the_device(
 
     assert wait_until(ended, "the gateway's log has the request") == [499]
     assert client.post("/api/generate", json=picture()).status_code == 200
-
-
-def test_a_waiting_picture_is_dropped_too(server: Running, client: httpx2.Client, diffusion: httpx2.Client) -> None:
-    def queue() -> Any:
-        return diffusion.get("/v1/queue").json()
-
-    with sent(server.url, "/api/generate", LONG_PICTURE):
-        wait_until(lambda: queue()["running"], "the first picture in the making")
-        with sent(server.url, "/api/generate", LONG_PICTURE):
-            wait_until(lambda: queue()["waiting"] == 1, "the second picture waits")
-    wait_until(lambda: not queue()["running"] and not queue()["waiting"], "the queue is empty")
-    answer = client.post("/api/generate", content=json.dumps(picture()), headers={"content-type": "application/json"})
-    assert png_size(answer.content) == (64, 64)

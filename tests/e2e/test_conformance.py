@@ -10,7 +10,7 @@ from servers import Running, run, shared_file
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("group", ["format.", "templates.", "generate.", "history.", "health.", "encode."])
+@pytest.mark.parametrize("group", ["format.", "templates.", "generate.", "history.", "health.", "encode.", "rewrite."])
 def test_conformance(server: Running, tmp_path: Path, group: str) -> None:
     script = shared_file("acceptance/conformance.py")
     command = [sys.executable, str(script), server.url, "--size", "64", "--only", group]

@@ -11,13 +11,16 @@ import pytest
 from servers import LONG_PICTURE, Running, free_port, picture, png_size, running, sent, serve, wait_until, zimage
 
 pytestmark = pytest.mark.slow
+UNREADY_S, DRAIN_S = 1.0, 30.0  # after SIGTERM: no further requests from then on, and the running ones are done by then
 
 
 @pytest.fixture(scope="module")
 def server(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A server whose queue is short and whose patience with the encoder is, too; instead of the package's."""
+    """A server that makes one picture at a time, with a short queue and little patience with the encoder; instead of
+    the package's."""
     data_dir = tmp_path_factory.mktemp("faults")
-    with serve(tiny_checkpoint, data_dir, ZIMAGE_DIFFUSION_MAX_WAITING="1", ZIMAGE_ENCODE_TIMEOUT_S="2") as started:
+    bounds = {"ZIMAGE_DIFFUSION_MAX_RUNNING": "1", "ZIMAGE_DIFFUSION_MAX_WAITING": "1", "ZIMAGE_ENCODE_TIMEOUT_S": "2"}
+    with serve(tiny_checkpoint, data_dir, **bounds) as started:
         yield started
 
 
@@ -38,6 +41,20 @@ def test_a_full_queue_refuses_at_once(server: Running, client: httpx2.Client, di
     assert int(refused.headers["retry-after"]) > 0
     assert refused.headers["content-type"] == "application/problem+json"
     assert refused.json()["code"] == "queue_full"
+    wait_until(lambda: not queue()["running"] and not queue()["waiting"], "the queue is empty")
+    assert png_size(client.post("/api/generate", json=picture()).content) == (64, 64)
+
+
+def test_a_waiting_picture_is_dropped_when_its_client_goes(
+    server: Running, client: httpx2.Client, diffusion: httpx2.Client
+) -> None:
+    def queue() -> Any:
+        return diffusion.get("/v1/queue").json()
+
+    with sent(server.url, "/api/generate", LONG_PICTURE):
+        wait_until(lambda: queue()["running"], "the first picture in the making")
+        with sent(server.url, "/api/generate", LONG_PICTURE):
+            wait_until(lambda: queue()["waiting"] == 1, "the second picture waits")
     wait_until(lambda: not queue()["running"] and not queue()["waiting"], "the queue is empty")
     assert png_size(client.post("/api/generate", json=picture()).content) == (64, 64)
 
@@ -100,11 +117,26 @@ def test_a_running_picture_is_finished_before_the_stop(tiny_checkpoint: Path, tm
         with server.client() as client, server.service_client("diffusion") as diffusion:
             drawn = pool.submit(client.post, "/api/generate", json=picture(width=384, height=384, steps=100))
             wait_until(lambda: diffusion.get("/v1/queue").json()["running"], "a picture in the making")
-            assert server.stop(signal.SIGTERM) == 0
-            answer = drawn.result(timeout=10)
+            server.begin_stop()
+            wait_until(lambda: not server.is_ready(), "it is not ready any more", timeout_s=UNREADY_S)
+            assert not drawn.done(), "the picture was done too soon for this test"
+            answer = drawn.result(timeout=DRAIN_S)
+            assert server.wait_stopped() == 0
         assert answer.status_code == 200, answer.text
         assert png_size(answer.content) == (384, 384)
         assert server.output.index('"event": "stopping"') < server.output.index('"path": "/api/generate"')
+        assert "Traceback" not in server.output
+
+
+def test_a_picture_that_takes_too_long_is_told_of_the_stop(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with serve(tiny_checkpoint, tmp_path, ZIMAGE_SHUTDOWN_TIMEOUT_S="1") as server, ThreadPoolExecutor(1) as pool:
+        with server.client() as client, server.service_client("diffusion") as diffusion:
+            cut_off = pool.submit(client.post, "/api/generate", json=picture(width=1024, height=1024, steps=100))
+            wait_until(lambda: diffusion.get("/v1/queue").json()["running"], "a picture in the making")
+            assert server.stop() == 0
+            answer = cut_off.result(timeout=DRAIN_S)
+        assert (answer.status_code, answer.json()["code"]) == (503, "unready")
+        assert int(answer.headers["retry-after"]) > 0
         assert "Traceback" not in server.output
 
 

@@ -3,12 +3,12 @@
 import asyncio
 import signal
 import subprocess
-import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
-from servers import environment, wait_until
+from embedded_redis import embedded_redis, end, start_guard, start_redis
+from servers import wait_until
 
 from services.gateway.store import PING_INTERVAL_S, Bounds, History
 from shared.errors import UnknownName, Unreachable
@@ -18,40 +18,11 @@ pytestmark = pytest.mark.slow
 PLENTY = Bounds(max_entries=1000, max_bytes=1 << 30)
 
 
-def start_guard(folder: Path, stderr: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
-    """The process that runs the embedded server of this folder. Its standard input is the lifeline."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "zimage.redis_server", str(folder)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=stderr,
-        env=environment(ZIMAGE_LIFELINE="1"),
-    )
-
-
-def start_redis(folder: Path) -> subprocess.Popen[bytes]:
-    """The embedded server of this folder, answering."""
-    process = start_guard(folder)
-    wait_until(lambda: redis_server.answers(redis_server.socket_path(folder)), "the embedded Redis answers")
-    return process
-
-
-def end(process: subprocess.Popen[bytes], number: signal.Signals = signal.SIGTERM) -> int:
-    """Sends the signal and answers the exit status."""
-    process.send_signal(number)
-    status = process.wait(30)
-    assert process.stdin is not None
-    process.stdin.close()
-    return status
-
-
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a running server."""
-    folder = tmp_path_factory.mktemp("redis")
-    process = start_redis(folder)
-    yield f"unix://{redis_server.socket_path(folder)}"
-    assert end(process) == 0
+    with embedded_redis(tmp_path_factory.mktemp("redis")) as redis:
+        yield redis.url
 
 
 @pytest.fixture
@@ -90,8 +61,9 @@ async def test_delete_takes_the_entry_at_its_place_and_ids_never_repeat(history:
     assert deleted.remaining == 2
     with pytest.raises(UnknownName):
         await history.image(ids[1] or 0)
-    with pytest.raises(UnknownName):
-        await history.delete(2)
+    for index in (2, -1, 2**53, 2**63, -(2**70)):
+        with pytest.raises(UnknownName):
+            await history.delete(index)
     assert await history.clear() == 2
     fresh = await history.add({"n": 3}, b"png", b"")
     assert fresh is not None

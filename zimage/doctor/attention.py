@@ -1,60 +1,50 @@
-"""The attention back ends of diffusers: which of them this machine can use."""
+"""The attention kernels that diffusers knows: which of them this machine can use."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
+from services.diffusion.kernels import KERNELS, Kernels
+from services.diffusion.option_settings import Attention
 from zimage.doctor.libraries import try_import
 from zimage.doctor.row import Row, lacking, note, ok
 
 DISPATCH = "diffusers.models.attention_dispatch"
+_LABELS = {Attention.CUDNN: "cuDNN", Attention.FLASH_3: "flash 3"}
 
 
-@dataclass(frozen=True, slots=True)
-class Backend:
-    """A back end: our word for it, its member of `AttentionBackendName`, and the compute capability that it needs."""
+def attention_rows(capability: tuple[int, int] | None, *, wanted: Sequence[str] = ()) -> list[Row]:
+    """A row for each kind; `capability` is that of the CUDA device, None without one; of the `wanted` ones, by
+    diffusers' names, one must be usable.
 
-    what: str
-    member: str
-    capability: tuple[int, int] | None = None
-
-
-BACKENDS = (
-    Backend("attention native", "NATIVE"),
-    Backend("attention cuDNN", "_NATIVE_CUDNN", (8, 0)),
-    Backend("attention flash", "FLASH", (8, 0)),
-    Backend("attention flash 3", "_FLASH_3", (9, 0)),
-    Backend("attention sage", "SAGE", (8, 0)),
-)
-
-
-def attention_rows(capability: tuple[int, int] | None, *, flash_needed: bool) -> list[Row]:
-    """A row for each back end; `capability` is that of the CUDA device, None without one.
-
-    diffusers checks the packages itself, but not the device: a back end that does not fit it fails at the first step.
+    diffusers checks the packages itself, but not the device: kernels that do not fit it fail at the first step.
     """
     dispatch = try_import(DISPATCH)
     if isinstance(dispatch, str):
         return [note("attention", f"not looked at: diffusers cannot be imported ({dispatch})")]
-    lacks = {backend: _lack(backend, dispatch, capability) for backend in BACKENDS}
-    no_flash = not any(found is None for backend, found in lacks.items() if "flash" in backend.what)
+    lacks = {kind: _lack(kernels, dispatch, capability) for kind, kernels in KERNELS.items()}
+    asked = [kind for kind, kernels in KERNELS.items() if set(kernels.names) & set(wanted)]
+    unusable = bool(asked) and all(lacks[kind] is not None for kind in asked)
     return [
-        ok(backend.what, "usable")
+        ok(_what(kind), "usable")
         if found is None
-        else lacking(backend.what, *found, needed=flash_needed and no_flash and backend.member == "FLASH")
-        for backend, found in lacks.items()
+        else lacking(_what(kind), *found, needed=unusable and kind is asked[0])
+        for kind, found in lacks.items()
     ]
 
 
-def _lack(backend: Backend, dispatch: Any, capability: tuple[int, int] | None) -> tuple[str, str] | None:
-    """What is in the way of a back end, and what to do; None where nothing is."""
+def _what(kind: Attention) -> str:
+    return f"attention {_LABELS.get(kind, kind.value)}"
+
+
+def _lack(kernels: Kernels, dispatch: Any, capability: tuple[int, int] | None) -> tuple[str, str] | None:
+    """What is in the way of kernels, and what to do; None where nothing is."""
     try:
-        dispatch._check_attention_backend_requirements(dispatch.AttentionBackendName[backend.member])
-    except RuntimeError as error:
-        todo = str(error).partition(". Please ")[2].rstrip(".").replace("`", "")
-        return "its package is missing or too old", todo
-    except (AttributeError, KeyError):
+        dispatch._check_attention_backend_requirements(dispatch.AttentionBackendName(kernels.names[0]))
+    except RuntimeError:
+        return "its package is missing or too old", kernels.install
+    except (AttributeError, ValueError):
         return "this release of diffusers does not know it", ""
-    if backend.capability is None or (capability is not None and capability >= backend.capability):
+    if kernels.capability is None or (capability is not None and capability >= kernels.capability):
         return None
-    wanted = ".".join(map(str, backend.capability))
-    return f"it needs a CUDA device of compute capability {wanted} or newer", ""
+    needed = ".".join(map(str, kernels.capability))
+    return f"it needs a CUDA device of compute capability {needed} or newer", ""

@@ -7,10 +7,11 @@ from typing import TypeVar
 from services.diffusion.settings import DiffusionSettings
 from services.encoder.settings import EncoderSettings
 from services.gateway.settings import GatewaySettings
+from services.rewriter.settings import BackEndKind, RewriterSettings
 from shared.settings import CONFIG_FILE, DEFAULT_PROFILE, PROFILE, InvalidSettings, ServiceSettings
 from zimage.doctor.row import Row, missing, ok
 from zimage.flags import check_configuration
-from zimage.plan import DIFFUSION, ENCODER, GATEWAY
+from zimage.plan import DIFFUSION, ENCODER, GATEWAY, REWRITER, CannotStart, rewriter_back_end
 
 WHAT = "configuration"
 S = TypeVar("S", bound=ServiceSettings)
@@ -23,6 +24,7 @@ class Configuration:
     gateway: GatewaySettings
     encoder: EncoderSettings
     diffusion: DiffusionSettings
+    rewriter: RewriterSettings
 
     @property
     def runs_encoder(self) -> bool:
@@ -33,6 +35,12 @@ class Configuration:
     def runs_diffusion(self) -> bool:
         """Whether the diffusion service runs on this machine."""
         return not self.gateway.encoder_only
+
+    @property
+    def loads_second_encoder(self) -> bool:
+        """Whether the rewriter loads the text encoder's weights on this machine, too. Raises CannotStart."""
+        writes = rewriter_back_end(self.gateway, self.rewriter)
+        return writes is BackEndKind.LOCAL and self.rewriter.reads_model_directory
 
 
 def read_configuration() -> tuple[Row, Configuration | None]:
@@ -45,7 +53,12 @@ def read_configuration() -> tuple[Row, Configuration | None]:
         _of(GatewaySettings, settings[GATEWAY]),
         _of(EncoderSettings, settings[ENCODER]),
         _of(DiffusionSettings, settings[DIFFUSION]),
+        _of(RewriterSettings, settings[REWRITER]),
     )
+    try:
+        rewriter_back_end(configuration.gateway, configuration.rewriter)
+    except CannotStart as error:
+        return missing(WHAT, str(error), "correct it; `zimage config` shows what is in force"), None
     path = os.environ.get(CONFIG_FILE)
     source = f"profile {os.environ.get(PROFILE, DEFAULT_PROFILE)} of {path}" if path else "no file"
     return ok(WHAT, f"valid ({source})"), configuration

@@ -12,6 +12,8 @@ from typing import Any
 
 from rich.filesize import decimal
 
+from services.diffusion.kernels import wanted_kernels
+from services.diffusion.settings import DiffusionSettings
 from shared.checkpoint import UnusableModel, require_parts, weight_bytes
 from shared.settings import Device, Dtype
 from zimage.doctor.configuration import Configuration
@@ -25,13 +27,19 @@ TIGHT = 0.85
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A folder of the model directory with weights, and how the configuration has it loaded."""
+    """A folder of the model directory with weights, and how it is to be loaded (`user`: by another service)."""
 
     name: str
     device: Device
     dtype: Dtype
     offloaded: bool = False
     flash: bool = False
+    user: str = ""
+
+    @property
+    def title(self) -> str:
+        """What rows call it."""
+        return f"{self.name} for the {self.user}" if self.user else self.name
 
 
 def model_rows(configuration: Configuration, tensors: ModuleType | None) -> list[Row]:
@@ -39,9 +47,11 @@ def model_rows(configuration: Configuration, tensors: ModuleType | None) -> list
     parts = _parts(configuration)
     if not parts:
         return [note("model", "none is needed: encoder and diffusion run elsewhere or not at all")]
-    others = [*["tokenizer"] * configuration.runs_encoder, *["scheduler"] * configuration.runs_diffusion]
+    encoder, diffusion = configuration.encoder, configuration.diffusion
+    folders = encoder.parts * (configuration.runs_encoder or configuration.loads_second_encoder)
+    folders += diffusion.parts * configuration.runs_diffusion
     try:
-        root = require_parts(configuration.encoder.model_path, *(part.name for part in parts), *others)
+        root = require_parts(encoder.model_path, *folders)
     except UnusableModel as error:
         return [missing("model", str(error), "get one: `zimage download`, whose last line is the --model-path")]
     rows, whole = [ok("model", str(root))], []
@@ -73,15 +83,24 @@ def _parts(configuration: Configuration) -> list[Part]:
     parts = []
     if configuration.runs_encoder:
         parts.append(Part("text_encoder", encoder.text_encoder_device, encoder.text_encoder_dtype))
+    if configuration.loads_second_encoder:
+        rewriter = configuration.rewriter
+        parts.append(Part("text_encoder", rewriter.rewriter_device, rewriter.rewriter_dtype, user="rewriter"))
     if configuration.runs_diffusion:
-        how = {"offloaded": diffusion.cpu_offload, "flash": diffusion.flash_attn}
+        how: dict[str, Any] = {"offloaded": diffusion.cpu_offload, "flash": _computes_in_16_bits(diffusion)}
         parts.append(Part("transformer", diffusion.dit_device, diffusion.diffusion_dtype, **how))
         parts.append(Part("vae", diffusion.vae_device, diffusion.diffusion_dtype))
     return parts
 
 
+def _computes_in_16_bits(settings: DiffusionSettings) -> bool:
+    """The attention kernels that are asked for take no float32."""
+    wanted = wanted_kernels(settings)
+    return wanted is not None and wanted[0].capability is not None
+
+
 def _part_row(root: Path, part: Part) -> tuple[Row, Weights | None]:
-    what = f"model {part.name}"
+    what = f"model {part.title}"
     try:
         weights = read_weights(root / part.name)
     except UnusableModel as error:
@@ -98,7 +117,7 @@ def _device_rows(root: Path, parts: Sequence[tuple[Part, Weights]], tensors: Any
         try:
             device = tensors.pick_device(part.device)
         except UnusableModel as error:
-            rows.append(missing(f"device of {part.name}", str(error), "choose another device, or auto"))
+            rows.append(missing(f"device of {part.title}", str(error), "choose another device, or auto"))
             continue
         dtype = tensors.dtype_of(part.dtype, weights.dtype)
         if part.flash and dtype.itemsize > 2:

@@ -14,19 +14,22 @@ from rich.table import Table
 from shared.checkpoint import UnusableModel
 from shared.settings import Device
 from zimage.doctor import accelerators, machine
-from zimage.doctor.attention import attention_rows
 from zimage.doctor.configuration import Configuration, read_configuration
 from zimage.doctor.libraries import REINSTALL, library_row, package_row, try_import
 from zimage.doctor.model import lora_rows, model_rows
+from zimage.doctor.options import calibrate, calibration_row, option_rows
 from zimage.doctor.row import Row, State, missing
 
 _STYLES = {State.OK: "green", State.NOTE: "yellow", State.MISSING: "bold red"}
 
 
-def examine_machine(*, as_json: bool) -> bool:
-    """Prints what there is and what is missing, and answers whether the configured server could start."""
+def examine_machine(*, as_json: bool, calibrating: bool = False) -> bool:
+    """Prints what there is and what is missing, and answers whether the configured server could start.
+
+    With `calibrating` it is measured how much memory pictures take, which loads the model.
+    """
     with Console(stderr=True).status("Looking at this machine"):
-        rows = list(look_at_everything())
+        rows = list(look_at_everything(calibrating=calibrating))
     reasons = [row for row in rows if row.state is State.MISSING]
     if as_json:
         report = {"can_start": not reasons, "reasons": [_reason(row) for row in reasons], "rows": [*map(asdict, rows)]}
@@ -36,8 +39,8 @@ def examine_machine(*, as_json: bool) -> bool:
     return not reasons
 
 
-def look_at_everything() -> Iterator[Row]:
-    """Every finding."""
+def look_at_everything(*, calibrating: bool = False) -> Iterator[Row]:
+    """Every finding; with `calibrating` also what is measured now."""
     configured, configuration = read_configuration()
     torch = try_import("torch")
     tensors = _module(try_import("shared.tensors"))
@@ -45,10 +48,13 @@ def look_at_everything() -> Iterator[Row]:
     yield from (machine.python_row(), machine.platform_row(), machine.cpu_row(), machine.memory_row(tensors))
     yield from _torch_rows(torch, device)
     yield from _library_rows(configuration)
-    yield from _option_rows(configuration, torch, device)
+    diffusion = configuration.diffusion if configuration is not None and configuration.runs_diffusion else None
+    yield from option_rows(diffusion, torch, device)
     yield configured
     if configuration is not None:
         yield from _configured_rows(configuration, tensors)
+    if diffusion is not None:
+        yield from calibrate(diffusion) if calibrating else [calibration_row(diffusion)]
 
 
 def _torch_rows(torch: ModuleType | str, device: str) -> Iterator[Row]:
@@ -67,16 +73,6 @@ def _library_rows(configuration: Configuration | None) -> Iterator[Row]:
     yield library_row("transformers", "Qwen3Model", needed=configuration is None or configuration.runs_encoder)
     yield library_row("diffusers", "ZImageTransformer2DModel", needed=draws)
     yield package_row("accelerate", "loads weights without a second copy", needed=False)
-
-
-def _option_rows(configuration: Configuration | None, torch: ModuleType | str, device: str) -> Iterator[Row]:
-    """What options of the diffusion service need."""
-    diffusion = configuration.diffusion if configuration is not None and configuration.runs_diffusion else None
-    yield package_row("peft", "for --lora", needed=bool(diffusion and diffusion.loras))
-    yield package_row("torchao", "for weights of fewer bits", needed=False)
-    yield machine.compiler_row(device, needed=bool(diffusion and diffusion.compile))
-    capability = torch.cuda.get_device_capability() if isinstance(torch, ModuleType) and device == "cuda" else None
-    yield from attention_rows(capability, flash_needed=bool(diffusion and diffusion.flash_attn))
 
 
 def _configured_rows(configuration: Configuration, tensors: ModuleType | None) -> Iterator[Row]:

@@ -12,9 +12,9 @@ _ABSENT = ("diffusion", "rewriter", "vl")
 
 @router.get("/health", summary="Is everything loaded?")
 async def health(services: Services) -> HealthAnswer:
-    """Always answers 200; `status` is `healthy` when pictures can be made, else `starting` or `degraded`."""
+    """Always answers 200; `status` is `healthy` when every service is ready, else `starting` or `degraded`."""
     states = {state.status for state in services.health.values()}
-    status = "healthy" if services.unready_reason() is None else "degraded" if "unreachable" in states else "starting"
+    status = "healthy" if services.complete else "degraded" if "unreachable" in states else "starting"
     absent = {name: ServiceHealth(status="not_configured") for name in _ABSENT}
     return HealthAnswer(
         status=status,

@@ -6,14 +6,14 @@ from collections.abc import AsyncIterator
 from enum import StrEnum
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Query, Response
-from fastapi.responses import StreamingResponse
+from fastapi import APIRouter, Query, Response
+from fastapi.responses import JSONResponse, StreamingResponse
 
 from services.gateway.state import Kept
-from services.gateway.store import Row
+from services.gateway.store import MAX_INDEX, Row
 from shared.errors import InvalidField, UnknownName, Unreachable, Unready
 from shared.problems import responses
-from shared.schemas.public import ClearedAnswer, DeletedAnswer, HistoryAnswer, HistoryEntry
+from shared.schemas.public import ClearedAnswer, DeletedAnswer, HistoryAnswer
 
 MAX_LIMIT = 10_000
 router = APIRouter(prefix="/api/history", tags=["history"])
@@ -35,7 +35,7 @@ _FIELDS = {Images.FULL: "image_b64", Images.THUMB: "thumb_b64"}
 async def history(
     kept: Kept,
     limit: Annotated[int | None, Query(ge=0, le=MAX_LIMIT, description="At most this many entries.")] = None,
-    offset: Annotated[int, Query(ge=0, description="Leave out this many of the oldest.")] = 0,
+    offset: Annotated[int, Query(ge=0, le=MAX_INDEX, description="Leave out this many of the oldest.")] = 0,
     images: Annotated[Images, Query(description="Whether entries carry a picture; `none` is quick.")] = Images.FULL,
 ) -> Response:
     """Oldest first, so that an entry keeps its index while others are added. `X-Total-Count` counts all entries."""
@@ -55,7 +55,7 @@ async def history(
     response_class=Response,
     responses={**AWAY, **responses(UnknownName), 200: {"content": {"image/png": {}}, "description": "The picture."}},
 )
-async def image(kept: Kept, entry_id: Annotated[int, Path(ge=0)]) -> Response:
+async def image(kept: Kept, entry_id: int) -> Response:
     """By the entry's id, which never changes and is never used again."""
     return Response(
         await kept.image(entry_id),
@@ -64,11 +64,16 @@ async def image(kept: Kept, entry_id: Annotated[int, Path(ge=0)]) -> Response:
     )
 
 
-@router.delete("/{index}", summary="Delete one entry", responses={**AWAY, **responses(UnknownName)})
-async def delete(kept: Kept, index: Annotated[int, Path(ge=0, le=2**53)]) -> DeletedAnswer:
-    """By its place in the list, 0 being the oldest."""
+@router.delete(
+    "/{index}",
+    summary="Delete one entry",
+    response_model=DeletedAnswer,
+    responses={**AWAY, **responses(UnknownName)},
+)
+async def delete(kept: Kept, index: int) -> JSONResponse:
+    """By its place in the list, 0 being the oldest. The entry is answered as it was kept, by whichever version."""
     deleted = await kept.delete(index)
-    return DeletedAnswer(deleted=HistoryEntry.model_validate(deleted.entry), remaining=deleted.remaining)
+    return JSONResponse({"deleted": deleted.entry, "remaining": deleted.remaining})
 
 
 @router.delete("", summary="Delete every entry", responses=AWAY)

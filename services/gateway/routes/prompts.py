@@ -13,8 +13,6 @@ from shared.schemas.public import (
     EncodeRequest,
     FormatAnswer,
     PromptRequest,
-    RewriterEntry,
-    RewriterList,
     SaveAnswer,
     TemplateEntry,
     TemplateList,
@@ -87,16 +85,5 @@ async def templates(engine: Engine) -> TemplateList:
                 category=template.category,
             )
             for template in engine.templates.pictures.values()
-        ]
-    )
-
-
-@router.get("/rewriters", summary="Templates for the rewriter", responses=LIST)
-async def rewriters(engine: Engine) -> RewriterList:
-    """Templates of the category `rewriter`."""
-    return RewriterList(
-        rewriters=[
-            RewriterEntry(name=template.name, description=template.description)
-            for template in engine.templates.rewriters.values()
         ]
     )

@@ -3,11 +3,14 @@
 from shared.errors import (
     BadUpstream,
     BodyTooLarge,
+    Cancelled,
     ClientGone,
+    DeviceFailed,
     HeadersTooLarge,
     InternalError,
     InvalidField,
     MalformedBody,
+    NotBegun,
     NumericalError,
     OutOfMemory,
     QueueFull,
@@ -25,4 +28,11 @@ UPSTREAM = (QueueFull, ClientGone, BadUpstream, Unready, Unreachable, UpstreamTi
 LIST = responses(HeadersTooLarge, InternalError)
 FORMAT = responses(*BODY, BadUpstream, Unready, Unreachable, UpstreamTimeout)
 ENCODE = responses(*BODY, *UPSTREAM, OutOfMemory)
-GENERATE = responses(*BODY, *UPSTREAM, NumericalError, OutOfMemory)
+GENERATE = responses(*BODY, Cancelled, *UPSTREAM, NumericalError, OutOfMemory, NotBegun, DeviceFailed)
+CANCEL = responses(
+    UnknownName, InvalidField, HeadersTooLarge, InternalError, BadUpstream, Unready, Unreachable, UpstreamTimeout
+)
+LORAS = responses(HeadersTooLarge, InternalError, BadUpstream, Unready, Unreachable, UpstreamTimeout)
+VL_EXTRACT = responses(*BODY, *UPSTREAM, NumericalError, OutOfMemory)
+VL_CACHE = responses(UnknownName, InvalidField, HeadersTooLarge, InternalError, Unready, Unreachable)
+REWRITE = responses(*BODY, *UPSTREAM, NumericalError, OutOfMemory)

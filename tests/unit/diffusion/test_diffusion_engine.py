@@ -1,27 +1,35 @@
-"""`DiffusionEngine` on the tiny checkpoint: the queue's bound, cancelling, failures and the end."""
+"""`DiffusionEngine` on the tiny checkpoint: the queue's bound, groups, news, cancelling, deadlines and the end."""
 
 import asyncio
 import io
 import threading
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
+from contextlib import aclosing
 from typing import Any
 
 import numpy as np
 import pytest
 import structlog
-import torch
-from fakes import PATIENCE_S, WatchedModel, embeddings, message, parameters
+from engines import LIMITS, MAX_WAITING, ONE_BY_ONE, draw, drawn_by, hold, pixels_of, queue, request, running
+from fakes import PATIENCE_S, WatchedModel, embeddings, parameters
 from inprocess import eventually
 from PIL import Image
 
-from services.diffusion.engine import DiffusionEngine, Picture, PictureRequest
+from services.diffusion.engine import DiffusionEngine, PreviewReady
+from services.diffusion.jobs import Picture, StepDone, Waits
 from services.diffusion.model import ZImageModel
-from shared.device_thread import EXIT_DEVICE_FAILED
-from shared.errors import InternalError, InvalidField, NumericalError, OutOfMemory, QueueFull, Unready
-from shared.wire import parse_header
-
-MAX_WAITING = 3
+from services.diffusion.order import Limits
+from shared.errors import (
+    Cancelled,
+    InvalidField,
+    NotBegun,
+    OutOfMemory,
+    QueueFull,
+    UnknownName,
+    Unready,
+    UpstreamTimeout,
+)
+from shared.schemas.fields import Priority
 
 
 @pytest.fixture
@@ -35,82 +43,190 @@ def quiet_logs() -> Iterator[None]:
         yield
 
 
-@asynccontextmanager
-async def running(model: ZImageModel) -> AsyncIterator[DiffusionEngine]:
-    engine = DiffusionEngine(lambda: model, max_waiting=MAX_WAITING, png_compression=1)
-    engine.device.start()
-    await eventually(lambda: engine.device.unready_reason() is None)
-    try:
-        yield engine
-    finally:
-        if isinstance(model, WatchedModel):
-            model.gate.set()
-        await engine.stop()
-
-
-def request(tensors: dict[str, torch.Tensor] | None = None, request_id: str | None = None, **fields: Any) -> Any:
-    body = bytearray(message(tensors=tensors, **fields))
-    return PictureRequest(parameters(**fields), body, parse_header(body), request_id)
-
-
-def pixels_of(picture: Picture) -> np.ndarray:
-    with Image.open(io.BytesIO(picture.png)) as image:
-        return np.asarray(image)
-
-
-def drawn_by(model: ZImageModel, *, guided: bool = False, **fields: Any) -> np.ndarray:
-    """What the model draws without an engine."""
-    negative = embeddings(5, seed=2) if guided else None
-    picture = model.start(parameters(**fields), embeddings(20), negative)
-    while not picture.finished:
-        model.step([picture])
-    return model.decode(picture)
-
-
-async def hold(engine: DiffusionEngine, model: WatchedModel, **fields: Any) -> asyncio.Task[Picture]:
-    """A picture that stands in its first step until the gate opens."""
-    model.gate.clear()
-    model.entered.clear()
-    task = asyncio.create_task(engine.generate(request(**fields)))
-    await eventually(model.entered.is_set)
-    return task
-
-
-async def queue(engine: DiffusionEngine, count: int, **fields: Any) -> list[asyncio.Task[Picture]]:
-    """Pictures that wait, in this order."""
-    tasks = []
-    for number in range(count):
-        tasks.append(asyncio.create_task(engine.generate(request(seed=100 + number, **fields))))
-        await eventually(lambda expected=number + 1: engine.waiting == expected)
-    return tasks
-
-
 @pytest.mark.parametrize("fields", [{}, {"guidance_scale": 2.0, "guided": True}, {"width": 96, "steps": 1}])
 async def test_a_picture_is_what_the_model_draws(zimage_model: ZImageModel, fields: dict[str, Any]) -> None:
     guided = fields.pop("guided", False)
     async with running(zimage_model) as engine:
-        picture = await engine.generate(request(**fields))
+        picture = await draw(engine, request(**fields))
     assert np.array_equal(pixels_of(picture), drawn_by(zimage_model, guided=guided, **fields))
     timings = picture.timings
     assert min(timings.queue, timings.denoise, timings.decode, timings.png) >= 0
     assert timings.denoise > 0
 
 
-async def test_many_pictures_at_once_each_get_their_own(zimage_model: ZImageModel) -> None:
-    async with running(zimage_model) as engine:
-        engine.max_waiting = 100
-        pictures = await asyncio.gather(*(engine.generate(request(seed=seed, steps=2)) for seed in range(8)))
-    for seed, picture in enumerate(pictures):
-        difference = pixels_of(picture).astype(int) - drawn_by(zimage_model, seed=seed, steps=2).astype(int)
-        assert np.abs(difference).max() <= 1
+class TestTogether:
+    """Pictures of one shape share steps, those of several take turns."""
+
+    async def test_each_gets_its_own(self, model: WatchedModel) -> None:
+        async with running(model) as engine:
+            engine.pictures.max_waiting = 100
+            first = await hold(engine, model, width=128)
+            seeds = range(8)
+            tasks = [asyncio.create_task(draw(engine, request(seed=seed, steps=2 + seed % 3))) for seed in seeds]
+            await eventually(lambda: len(engine.pictures.waiting) == len(tasks))
+            model.gate.set()
+            pictures = await asyncio.gather(*tasks)
+            await first
+        assert max(len(group) for group in model.steps) == len(tasks)
+        assert max(len(group) for group in model.decoded) > 1
+        for seed, picture in zip(seeds, pictures, strict=True):
+            expected = drawn_by(model.inner, seed=seed, steps=2 + seed % 3).astype(int)
+            assert np.abs(pixels_of(picture).astype(int) - expected).max() <= 1
+            others = [np.abs(pixels_of(other).astype(int) - expected).max() for other in pictures if other != picture]
+            assert min(others) > 5, "a test that pictures are not swapped needs pictures that differ"
+
+    async def test_they_join_and_leave_between_steps(self, model: WatchedModel) -> None:
+        async with running(model) as engine:
+            first = await hold(engine, model, seed=1, steps=6)
+            (second,) = await queue(engine, 1, steps=2)
+            model.gate.set()
+            await asyncio.gather(first, second)
+        assert model.steps == [(1,), (1, 100), (1, 100), (1,), (1,), (1,)]
+
+    async def test_sizes_take_turns(self, model: WatchedModel) -> None:
+        async with running(model) as engine:
+            long = await hold(engine, model, seed=1, steps=20)
+            (short,) = await queue(engine, 1, steps=3, width=96)
+            model.gate.set()
+            await short
+            assert not long.done()
+            await long
+        assert model.steps[:7] == [(1,), (1,), (100,), (1,), (100,), (1,), (100,)] or (
+            model.steps[:6] == [(1,), (100,), (1,), (100,), (1,), (100,)]
+        )
+
+    async def test_lengths_and_guidance_are_apart(self, model: WatchedModel) -> None:
+        async with running(model) as engine:
+            first = await hold(engine, model, width=128, steps=1)
+            wanted = [
+                request(seed=1),
+                request({"text": embeddings(40)}, seed=2),
+                request(seed=3, guidance_scale=1.0),
+                request({"text": embeddings(31)}, seed=4),
+            ]
+            engine.pictures.max_waiting = 10
+            tasks = [asyncio.create_task(draw(engine, one)) for one in wanted]
+            await eventually(lambda: len(engine.pictures.waiting) == len(tasks))
+            model.gate.set()
+            await asyncio.gather(first, *tasks)
+        assert {frozenset(group) for group in model.steps[1:]} == {frozenset({1, 4}), frozenset({2}), frozenset({3})}
+
+    async def test_at_most_as_many_as_the_limits_say(self, model: WatchedModel) -> None:
+        limits = Limits(running=3, batch=2, batch_tokens=2560, decode_pixels=1)
+        async with running(model, limits) as engine:
+            engine.pictures.max_waiting = 10
+            first = await hold(engine, model, seed=1, steps=2)
+            tasks = await queue(engine, 5, steps=2)
+            model.gate.set()
+            await asyncio.gather(first, *tasks)
+        assert max(map(len, model.steps)) == 2
+        assert {len(group) for group in model.decoded} == {1}
+
+    async def test_priority_then_age(self, model: WatchedModel) -> None:
+        async with running(model, ONE_BY_ONE) as engine:
+            engine.pictures.max_waiting = 10
+            tasks = [await hold(engine, model, seed=0, steps=1)]
+            asked = (Priority.LOW, Priority.NORMAL, Priority.HIGH, Priority.NORMAL, Priority.HIGH)
+            for seed, priority in enumerate(asked, start=1):
+                wanted = request(seed=seed, steps=1, priority=priority)
+                tasks.append(asyncio.create_task(draw(engine, wanted)))
+                await eventually(lambda expected=seed: len(engine.pictures.waiting) == expected)
+            model.gate.set()
+            await asyncio.gather(*tasks)
+        assert model.steps == [(seed,) for seed in (0, 3, 5, 2, 4, 1)]
+
+
+SENTENCE = r"must be at most \d+ pixels on this device, not 16384: it has"
+
+
+class TestMemory:
+    """What is begun fits; what can never fit is refused at once."""
+
+    async def test_a_picture_beyond_the_device_is_refused_with_the_limit(self, model: WatchedModel) -> None:
+        room = model.footprint.together([model.inner.start(parameters(), embeddings(20), None).shape])
+        async with running(model, memory_bytes=room) as engine:
+            with pytest.raises(InvalidField, match=SENTENCE) as no:
+                await draw(engine, request(width=128, height=128))
+            most = int(str(no.value).split("at most ")[1].split()[0])
+            assert 64 * 64 <= most < 128 * 128
+            await draw(engine, request())
+        assert len(model.steps) == 4
+
+    async def test_together_they_take_what_there_is_and_no_more(self, model: WatchedModel) -> None:
+        shape = model.inner.start(parameters(), embeddings(20), None).shape
+        async with running(model, memory_bytes=model.footprint.together([shape] * 2)) as engine:
+            engine.pictures.max_waiting = 10
+            first = await hold(engine, model, seed=1)
+            tasks = await queue(engine, 4)
+            model.gate.set()
+            await asyncio.gather(first, *tasks)
+        assert max(map(len, model.steps)) == 2
+
+    async def test_a_device_that_others_have_filled(self, model: WatchedModel) -> None:
+        async with running(model) as engine:
+            model.free = 1000
+            with pytest.raises(OutOfMemory):
+                await draw(engine, request())
+            model.free = 1 << 40
+            await draw(engine, request())
+
+
+class TestNews:
+    """What is told of a picture on its way."""
+
+    async def test_steps_previews_and_the_picture(self, zimage_model: ZImageModel) -> None:
+        async with running(zimage_model) as engine:
+            wanted = request(steps=5, preview_every=2, width=96)
+            told = [item async for item in engine.generate(wanted, watched=True)]
+        assert told[0] == Waits(1)
+        steps = [item for item in told if isinstance(item, StepDone)]
+        assert [(item.step, item.steps) for item in steps] == [(number, 5) for number in range(1, 6)]
+        assert all(item.seconds_left >= 0 for item in steps)
+        assert steps[-1].seconds_left == 0
+        previews = [item for item in told if isinstance(item, PreviewReady)]
+        assert [item.step for item in previews] == [2, 4]
+        with Image.open(io.BytesIO(previews[0].jpeg)) as image:
+            assert (image.format, image.size) == ("JPEG", (96 // 8, 64 // 8))
+        assert isinstance(told[-1], Picture)
+        assert sum(isinstance(item, Picture) for item in told) == 1
+
+    async def test_places_in_the_queue(self, model: WatchedModel) -> None:
+        async with running(model, ONE_BY_ONE) as engine:
+            first = await hold(engine, model)
+            (second,) = await queue(engine, 1)
+            places: list[int] = []
+
+            async def watch() -> None:
+                async with aclosing(engine.generate(request(seed=5), watched=True)) as told:
+                    async for item in told:
+                        match item:
+                            case Waits(place):
+                                places.append(place)
+
+            third = asyncio.create_task(watch())
+            await eventually(lambda: places == [2])
+            model.gate.set()
+            await asyncio.gather(first, second, third)
+        assert places == [2, 1]
+
+    async def test_what_runs_can_be_seen(self, model: WatchedModel) -> None:
+        async with running(model) as engine:
+            assert engine.pictures.running == []
+            task = await hold(engine, model, request_id="id-12345")
+            (job,) = engine.pictures.running
+            assert (job.request.request_id, job.step) == ("id-12345", 0)
+            model.gate.set()
+            await task
+            await eventually(lambda: engine.pictures.running == [])
+            assert job.step == 4
 
 
 async def test_a_full_queue_refuses_at_once(model: WatchedModel) -> None:
-    async with running(model) as engine:
+    async with running(model, ONE_BY_ONE) as engine:
         first = await hold(engine, model)
         waiting = await queue(engine, MAX_WAITING)
         with pytest.raises(QueueFull, match="3 pictures are waiting") as refused:
-            await engine.generate(request())
+            await draw(engine, request())
         assert refused.value.retry_after_s == 5
         with pytest.raises(QueueFull):
             engine.check_room()
@@ -118,109 +234,92 @@ async def test_a_full_queue_refuses_at_once(model: WatchedModel) -> None:
         pictures = await asyncio.gather(first, *waiting)
         assert len(pictures) == 1 + MAX_WAITING
         engine.check_room()
-        await engine.generate(request())
+        await draw(engine, request())
 
 
-async def test_what_runs_can_be_seen(model: WatchedModel) -> None:
-    async with running(model) as engine:
-        assert engine.running == []
-        task = await hold(engine, model, request_id="id-12345")
-        (job,) = engine.running
-        assert (job.request.request_id, job.step) == ("id-12345", 0)
-        model.gate.set()
-        await task
-        await eventually(lambda: engine.running == [])
-        assert job.step == 4
+class TestGivingUp:
+    """A picture that nobody waits for, or that somebody cancels, leaves the device at the next step."""
 
-
-async def test_a_picture_that_is_cancelled_while_it_runs_stops_at_the_next_step(model: WatchedModel) -> None:
-    async with running(model) as engine:
-        task = await hold(engine, model, seed=1, steps=100)
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        assert task.cancelled()
-        model.gate.set()
-        await engine.generate(request(seed=2))
+    async def test_while_it_runs(self, model: WatchedModel) -> None:
+        async with running(model) as engine:
+            task = await hold(engine, model, seed=1, steps=100)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            assert task.cancelled()
+            model.gate.set()
+            await draw(engine, request(seed=2))
         assert model.steps.count((1,)) == 1
 
-
-async def test_a_picture_that_is_cancelled_while_it_waits_is_never_begun(model: WatchedModel) -> None:
-    async with running(model) as engine:
-        first = await hold(engine, model, seed=1)
-        dropped, kept = await queue(engine, 2)
-        dropped.cancel()
-        await asyncio.gather(dropped, return_exceptions=True)
-        model.gate.set()
-        await asyncio.gather(first, kept)
+    async def test_while_it_waits(self, model: WatchedModel) -> None:
+        async with running(model, ONE_BY_ONE) as engine:
+            first = await hold(engine, model, seed=1)
+            dropped, kept = await queue(engine, 2)
+            dropped.cancel()
+            await asyncio.gather(dropped, return_exceptions=True)
+            model.gate.set()
+            await asyncio.gather(first, kept)
         assert (100,) not in model.steps
         assert model.steps.count((101,)) == 4
 
+    async def test_they_take_no_place_in_the_queue(self, model: WatchedModel) -> None:
+        async with running(model, ONE_BY_ONE) as engine:
+            first = await hold(engine, model)
+            dropped = await queue(engine, MAX_WAITING)
+            for task in dropped:
+                task.cancel()
+            await asyncio.gather(*dropped, return_exceptions=True)
+            assert engine.pictures.waiting == []
+            kept = asyncio.create_task(draw(engine, request(seed=5)))
+            await eventually(lambda: kept.done() or len(engine.pictures.waiting) == 1)
+            model.gate.set()
+            await asyncio.gather(first, kept)
 
-async def test_cancelled_pictures_take_no_place_in_the_queue(model: WatchedModel) -> None:
-    async with running(model) as engine:
-        first = await hold(engine, model)
-        dropped = await queue(engine, MAX_WAITING)
-        for task in dropped:
-            task.cancel()
-        await asyncio.gather(*dropped, return_exceptions=True)
-        assert engine.waiting == 0
-        kept = asyncio.create_task(engine.generate(request(seed=5)))
-        await eventually(lambda: kept.done() or engine.waiting == 1)
-        model.gate.set()
-        await asyncio.gather(first, kept)
+    async def test_of_a_group_only_one_leaves(self, model: WatchedModel) -> None:
+        async with running(model) as engine:
+            first = await hold(engine, model, seed=1, steps=5)
+            dropped, kept = await queue(engine, 2, steps=5)
+            model.gate.set()
+            await eventually(lambda: (1, 100, 101) in model.steps)
+            dropped.cancel()
+            pictures = await asyncio.gather(first, kept)
+        assert model.steps.count((1, 100, 101)) < 5
+        for seed, picture in zip((1, 101), pictures, strict=True):
+            difference = pixels_of(picture).astype(int) - drawn_by(model.inner, seed=seed, steps=5).astype(int)
+            assert np.abs(difference).max() <= 1
 
+    @pytest.mark.parametrize("waits", [True, False])
+    async def test_by_the_id_of_the_request(self, model: WatchedModel, *, waits: bool) -> None:
+        async with running(model, ONE_BY_ONE) as engine:
+            first = await hold(engine, model, seed=1, steps=100, request_id="id-1")
+            (second,) = await queue(engine, 1, request_id="id-2")
+            engine.cancel("id-2" if waits else "id-1")
+            model.gate.set()
+            with pytest.raises(Cancelled):
+                await (second if waits else first)
+            if waits:
+                engine.cancel("id-1")
+                with pytest.raises(Cancelled):
+                    await first
+            else:
+                await second
+            await eventually(lambda: engine.pictures.running == [])
+            with pytest.raises(UnknownName):
+                engine.cancel("id-1")
+            await draw(engine, request())
 
-@pytest.mark.parametrize(
-    ("error", "raised"),
-    [
-        (RuntimeError("a library's own text"), InternalError),
-        (OutOfMemory("The device has too little free memory.", retry_after_s=10), OutOfMemory),
-        (NumericalError("The model's numbers overflowed."), NumericalError),
-    ],
-)
-@pytest.mark.parametrize("stage", ["break_next", "break_decode"])
-async def test_a_picture_that_breaks_fails_alone(
-    model: WatchedModel, error: Exception, raised: type[Exception], stage: str
-) -> None:
-    async with running(model) as engine:
-        getattr(model, stage).append(error)
-        with pytest.raises(raised) as failed:
-            await engine.generate(request())
-        assert "library" not in str(failed.value)
-        picture = await engine.generate(request())
-        assert engine.device.unready_reason() is None
-        await eventually(lambda: engine.running == [])
-    assert np.array_equal(pixels_of(picture), drawn_by(model.inner))
-
-
-async def test_embeddings_that_are_not_finite_fail_alone(zimage_model: ZImageModel) -> None:
-    async with running(zimage_model) as engine:
-        with pytest.raises(InvalidField, match="'text' hold values"):
-            await engine.generate(request({"text": torch.full((3, 64), float("nan"))}))
-        broken = {"text": embeddings(20), "negative": torch.full((3, 64), float("inf"))}
-        with pytest.raises(InvalidField, match="'negative' hold values"):
-            await engine.generate(request(broken, guidance_scale=2.0))
-        await engine.generate(request(broken))  # without guidance nobody looks at them
-
-
-async def test_a_device_that_is_lost_ends_the_process(model: WatchedModel) -> None:
-    """After a CUDA assert every later call fails: the service must say so and exit for its supervisor to restart it."""
-    statuses: list[int] = []
-    engine = DiffusionEngine(lambda: model, max_waiting=3, png_compression=1, on_failure=statuses.append)
-    engine.device.start()
-    await eventually(lambda: engine.device.unready_reason() is None)
-    model.break_next.append(torch.AcceleratorError("CUDA error: device-side assert triggered"))
-    with pytest.raises((InternalError, Unready)) as failed:
-        await engine.generate(request())
-    assert "CUDA" not in str(failed.value)
-    try:
-        await eventually(lambda: statuses)
-        assert statuses == [EXIT_DEVICE_FAILED]
-        assert engine.device.unready_reason() == "the device failed"
-        with pytest.raises(Unready):
-            await engine.generate(request())
-    finally:
-        await engine.stop()
+    @pytest.mark.parametrize("waits", [True, False])
+    async def test_at_its_deadline(self, model: WatchedModel, *, waits: bool) -> None:
+        async with running(model, ONE_BY_ONE) as engine:
+            first = await hold(engine, model, seed=1, steps=100, timeout_s=None if waits else 0.05)
+            late = (await queue(engine, 1, timeout_s=0.05))[0] if waits else first
+            with pytest.raises(UpstreamTimeout, match=r"not ready within 0\.05 s"):
+                await late
+            model.gate.set()
+            if waits:
+                first.cancel()
+            await draw(engine, request(seed=3))
+        assert model.steps.count((1,)) <= 2
+        assert (100,) not in model.steps
 
 
 async def test_unready_before_the_model_is_loaded(zimage_model: ZImageModel) -> None:
@@ -230,10 +329,10 @@ async def test_unready_before_the_model_is_loaded(zimage_model: ZImageModel) -> 
         may_load.wait(PATIENCE_S)
         return zimage_model
 
-    engine = DiffusionEngine(load, max_waiting=3, png_compression=1)
+    engine = DiffusionEngine(load, LIMITS, max_waiting=3, png_compression=1)
     engine.device.start()
     with pytest.raises(Unready, match="being loaded"):
-        await engine.generate(request())
+        await draw(engine, request())
     with pytest.raises(Unready):
         engine.check_room()
     with pytest.raises(Unready):
@@ -245,16 +344,18 @@ async def test_unready_before_the_model_is_loaded(zimage_model: ZImageModel) -> 
 
 
 async def test_stop_refuses_what_waits_and_what_runs(model: WatchedModel) -> None:
-    async with running(model) as engine:
+    async with running(model, ONE_BY_ONE) as engine:
         runs = await hold(engine, model, steps=100)
         waits = await queue(engine, 2)
         stopping = asyncio.create_task(engine.stop())
         await eventually(lambda: engine.device.stopping)
         model.gate.set()
         await stopping
-        for task in (runs, *waits):
-            with pytest.raises(Unready, match="stopping"):
+        with pytest.raises(Unready, match="stopping"):
+            await runs
+        for task in waits:
+            with pytest.raises(NotBegun, match="stopping"):
                 await task
         with pytest.raises(Unready, match="stopping"):
-            await engine.generate(request())
+            await draw(engine, request())
         assert len(model.steps) <= 2

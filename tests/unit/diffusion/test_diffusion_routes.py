@@ -71,7 +71,7 @@ async def test_a_picture(client: httpx2.AsyncClient, zimage_model: ZImageModel) 
     while not picture.finished:
         zimage_model.step([picture])
     with Image.open(io.BytesIO(answer.content)) as image:
-        assert np.array_equal(np.asarray(image), zimage_model.decode(picture))
+        assert np.array_equal(np.asarray(image), zimage_model.decode([picture])[0])
     with Image.open(io.BytesIO(base64.b64decode(answer.headers["x-thumbnail"], validate=True))) as thumbnail:
         assert (thumbnail.format, thumbnail.size) == ("JPEG", (96, 64))
     number = r"dur=\d+\.\d\d"
@@ -218,6 +218,78 @@ async def test_a_client_that_goes_away_stops_its_picture(app: Any, model: Watche
     assert sent[0]["status"] == 499
 
 
+def events_of(answer: httpx2.Response) -> list[tuple[str, dict[str, Any]]]:
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    return [(event.event, json.loads(event.data)) for event in httpx2.EventSource(answer)]
+
+
+async def test_the_way_of_a_picture_as_events(client: httpx2.AsyncClient) -> None:
+    body = message(width=96, preview_every=3)
+    answer = await draw(client, body, accept="text/event-stream", **{"x-request-id": "picture-1"})
+    told = events_of(answer)
+    assert [name for name, _ in told] == ["queued", "step", "step", "step", "preview", "step", "done"]
+    assert told[0][1] == {"id": "picture-1", "place": 1}
+    assert [fields["step"] for name, fields in told if name == "step"] == [1, 2, 3, 4]
+    assert all(fields["steps"] == 4 and fields["seconds_left"] >= 0 for name, fields in told if name == "step")
+    with Image.open(io.BytesIO(base64.b64decode(told[4][1]["image_b64"], validate=True))) as preview:
+        assert (preview.format, preview.size) == ("JPEG", (12, 8))
+    done = told[-1][1]
+    plain = await draw(client, body)
+    assert base64.b64decode(done["image_b64"], validate=True) == plain.content
+    assert done["headers"]["X-Thumbnail"] == plain.headers["x-thumbnail"]
+    assert done["headers"]["Server-Timing"].startswith("queue;dur=")
+
+
+async def test_what_is_refused_is_no_stream(client: httpx2.AsyncClient, model: WatchedModel) -> None:
+    events = {"accept": "text/event-stream"}
+    check_problem(await draw(client, filled(float("nan"))), 422, "invalid_field")
+    check_problem(await draw(client, message(raw={"width": 65}), **events), 422, "invalid_field")
+    check_problem(await draw(client, message(raw={"loras": [{"name": "ink"}]}), **events), 404, "not_found")
+    model.gate.clear()
+    drawing = asyncio.create_task(draw(client, message(width=96)))
+    await eventually(model.entered.is_set)
+    waiting = [asyncio.create_task(draw(client)) for _ in range(2)]
+    await until(client, "/v1/queue", lambda answer: answer.json()["waiting"] == 2)
+    check_problem(await draw(client, **events), 429, "queue_full")
+    model.gate.set()
+    assert [answer.status_code for answer in await asyncio.gather(drawing, *waiting)] == [200] * 3
+
+
+async def test_what_fails_within_a_stream_is_an_event(client: httpx2.AsyncClient, model: WatchedModel) -> None:
+    model.break_next.append(RuntimeError("a library's own text"))
+    answer = await draw(client, accept="text/event-stream")
+    assert answer.status_code == 200
+    name, problem = events_of(answer)[-1]
+    assert (name, problem["code"], problem["status"]) == ("error", "internal_error", 500)
+    assert problem["request_id"] == answer.headers["x-request-id"]
+    assert "library" not in answer.text
+
+
+async def test_a_picture_is_given_up_by_its_id(client: httpx2.AsyncClient, model: WatchedModel) -> None:
+    model.gate.clear()
+    drawing = asyncio.create_task(draw(client, message(steps=100), **{"x-request-id": "picture-1"}))
+    await eventually(model.entered.is_set)
+    check_problem(await client.delete(f"{URL}/picture-2"), 404, "not_found")
+    assert (await client.delete(f"{URL}/picture-1")).json() == {"cancelled": "picture-1"}
+    model.gate.set()
+    check_problem(await drawing, 409, "cancelled")
+    await until(client, "/v1/queue", lambda answer: not answer.json()["running"])
+    assert len(model.steps) == 1
+    check_problem(await client.delete(f"{URL}/picture-1"), 404, "not_found")
+
+
+async def test_a_deadline(client: httpx2.AsyncClient, model: WatchedModel) -> None:
+    model.gate.clear()
+    late = await draw(client, message(timeout_s=0.02))
+    assert "within 0.02 s" in check_problem(late, 504, "upstream_timeout")["detail"]
+    model.gate.set()
+    assert (await draw(client)).status_code == 200
+
+
+async def test_without_a_folder_there_are_no_loras(client: httpx2.AsyncClient) -> None:
+    assert (await client.get("/v1/loras")).json() == {"loras": []}
+
+
 async def test_a_picture_that_breaks(client: httpx2.AsyncClient, model: WatchedModel) -> None:
     model.break_next.append(RuntimeError("a library's own text"))
     answer = await draw(client)
@@ -258,8 +330,8 @@ async def test_a_model_that_cannot_be_loaded(broken_app: Any) -> None:
 async def test_the_documents_of_openapi(client: httpx2.AsyncClient) -> None:
     post = (await client.get("/openapi.json")).json()["paths"][URL]["post"]
     assert set(post["requestBody"]["content"]) == {MEDIA_TYPE}
-    assert set(post["responses"]["200"]["content"]) == {"image/png"}
-    assert {"400", "413", "415", "422", "429", "500", "503"} <= set(post["responses"])
+    assert set(post["responses"]["200"]["content"]) == {"image/png", "text/event-stream"}
+    assert {"400", "404", "409", "413", "415", "422", "429", "500", "503"} <= set(post["responses"])
     for status, response in post["responses"].items():
         if status != "200":
             examples = response["content"][PROBLEM]["examples"]

@@ -7,8 +7,10 @@ import numpy as np
 import torch
 from diffusers import ZImagePipeline
 
-from services.diffusion.model import ZImageModel, load_zimage
+from services.diffusion.loading import load_zimage
+from services.diffusion.model import ZImageModel
 from services.diffusion.settings import DiffusionSettings
+from services.diffusion.shapes import Lora
 from shared.schemas.diffusion import DiffusionParameters
 from shared.schemas.fields import LongPromptMode
 
@@ -33,7 +35,13 @@ def embeddings(tokens: int, seed: int = 3) -> torch.Tensor:
 
 
 def draw(
-    model: ZImageModel, *, guidance: float = 0.0, tokens: int = 20, negative_tokens: int = 40, height: int = SIZE
+    model: ZImageModel,
+    *,
+    guidance: float = 0.0,
+    tokens: int = 20,
+    negative_tokens: int = 40,
+    height: int = SIZE,
+    loras: tuple[Lora, ...] = (),
 ) -> Any:
     """The picture as whole numbers [height, width, 3]."""
     parameters = DiffusionParameters(
@@ -45,10 +53,10 @@ def draw(
         shift=3.0,
         long_prompt_mode=LongPromptMode.TRUNCATE,
     )
-    picture = model.start(parameters, embeddings(tokens), embeddings(negative_tokens, 4) if guidance else None)
+    picture = model.start(parameters, embeddings(tokens), embeddings(negative_tokens, 4) if guidance else None, loras)
     while not picture.finished:
         model.step([picture])
-    return model.decode(picture).astype(int)
+    return model.decode([picture])[0].astype(int)
 
 
 def draw_by_pipeline(pipeline: Any, *, guidance: float = 0.0, tokens: int = 20, negative_tokens: int = 40) -> Any:

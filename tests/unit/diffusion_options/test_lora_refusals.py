@@ -10,8 +10,8 @@ import torch
 from drawing import load, load_pipeline, same_weights, weights
 from lora_files import RANK, write, write_original
 
+from services.diffusion.lora_settings import LoraFile
 from services.diffusion.loras import fuse_loras
-from services.diffusion.settings import LoraFile
 from shared.checkpoint import UnusableModel
 
 LAYER = "layers.0.attention.to_q"

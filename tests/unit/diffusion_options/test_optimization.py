@@ -3,19 +3,29 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers.models import attention_dispatch
 from drawing import draw, load, load_pipeline
+from fakes import embeddings, parameters
+from lora_files import write_original
 from torch.nn import functional
 
+from services.diffusion.kernels import FLASH_ATTN, KERNELS
+from services.diffusion.loading import limits_of
 from services.diffusion.model import ZImageModel
-from services.diffusion.optimization import FLASH_BACKENDS, offload, use_flash_attention
+from services.diffusion.optimization import offload, rehearsals, use_kernels
+from services.diffusion.option_settings import Attention, OffloadMode
+from services.diffusion.settings import DiffusionSettings
 from shared.checkpoint import UnusableModel
 from shared.device_thread import EXIT_UNUSABLE_MODEL
+from shared.errors import InvalidField
+from shared.settings import InvalidSettings, read_settings
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -23,10 +33,11 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 class TestOffload:
     """On this machine the device that the weights are brought to is the CPU too: all but the copying is real."""
 
+    @pytest.mark.parametrize("mode", list(OffloadMode))
     @pytest.mark.parametrize("guidance", [0.0, 2.5])
-    def test_the_picture_is_the_same(self, tiny_checkpoint: Path, guidance: float) -> None:
+    def test_the_picture_is_the_same(self, tiny_checkpoint: Path, guidance: float, mode: OffloadMode) -> None:
         model, plain = load(tiny_checkpoint), load(tiny_checkpoint)
-        offload(model._transformer, CPU)
+        offload(model.parts.transformer, model.parts.vae, CPU, mode)
         for tokens in (20, 70):
             offloaded = draw(model, guidance=guidance, tokens=tokens)
             assert (offloaded == draw(plain, guidance=guidance, tokens=tokens)).all()
@@ -59,18 +70,19 @@ class TestFlashAttention:
     def test_it_needs_bfloat16(self, tiny_checkpoint: Path) -> None:
         transformer = load_pipeline(tiny_checkpoint, torch.float32).transformer
         with pytest.raises(UnusableModel, match=r"weights are float32: set ZIMAGE_DIFFUSION_DTYPE=bfloat16 or"):
-            use_flash_attention(transformer, CUDA)
+            use_kernels(transformer, CUDA, FLASH_ATTN, "--flash-attn")
 
     def test_it_needs_the_package(self, tiny_checkpoint_bf16: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(attention_dispatch, "_CAN_USE_FLASH_ATTN", False)
         monkeypatch.setattr(attention_dispatch, "_CAN_USE_FLASH_ATTN_3", False)
         transformer = load_pipeline(tiny_checkpoint_bf16, torch.bfloat16).transformer
         with pytest.raises(UnusableModel, match=r"flash-attn 2\.6\.3 or newer: install it with `uv pip install") as no:
-            use_flash_attention(transformer, CUDA)
+            use_kernels(transformer, CUDA, FLASH_ATTN, "--flash-attn")
         assert "\n" not in str(no.value)
 
     def test_diffusers_knows_the_names(self) -> None:
-        assert {backend.value for backend in attention_dispatch.AttentionBackendName} >= set(FLASH_BACKENDS)
+        names = {name for kernels in (*KERNELS.values(), FLASH_ATTN) for name in kernels.names}
+        assert {backend.value for backend in attention_dispatch.AttentionBackendName} >= names
 
     @pytest.mark.usefixtures("restored_backend")
     @pytest.mark.parametrize(("guidance", "negative"), [(0.0, 40), (2.5, 20), (2.5, 40)])
@@ -81,8 +93,8 @@ class TestFlashAttention:
         expected = draw(plain, guidance=guidance, negative_tokens=negative)
         monkeypatch.setattr(attention_dispatch, "_CAN_USE_FLASH_ATTN", True)
         monkeypatch.setattr(attention_dispatch, "flash_attn_func", flash_attention)
-        use_flash_attention(plain._transformer, CUDA)
-        model = ZImageModel(plain._transformer, plain._vae, dict(plain._scheduler_config), takes_masks=False)
+        use_kernels(plain._transformer, CUDA, FLASH_ATTN, "--flash-attn")
+        model = ZImageModel(replace(plain.parts, takes_masks=False), plain.footprint)
         picture = draw(model, guidance=guidance, negative_tokens=negative)
         assert abs(picture - expected).max() <= (0 if negative == 20 or not guidance else 8)
 
@@ -114,7 +126,7 @@ class TestCompile:
     @pytest.mark.usefixtures("fresh_compiler")
     def test_with_offloaded_weights(self, tiny_checkpoint: Path) -> None:
         model, plain = load(tiny_checkpoint), load(tiny_checkpoint)
-        offload(model._transformer, CPU)
+        offload(model.parts.transformer, model.parts.vae, CPU, OffloadMode.GROUP)
         model._transformer.compile_repeated_blocks(dynamic=True)
         assert abs(draw(model) - draw(plain)).max() <= 1
 
@@ -148,3 +160,149 @@ def test_the_service_ends_with_the_sentence(
     )
     assert done.returncode == EXIT_UNUSABLE_MODEL
     assert reason in [line for line in done.stderr.splitlines() if "the model cannot be used" in line][-1]
+
+
+class TestKernels:
+    """Attention kernels that this machine has or lacks."""
+
+    @pytest.mark.usefixtures("restored_backend")
+    def test_native_ones_draw_the_same(self, tiny_checkpoint: Path) -> None:
+        assert (draw(load(tiny_checkpoint, attention="native")) == draw(load(tiny_checkpoint))).all()
+
+    @pytest.mark.parametrize("kind", [kind for kind, kernels in KERNELS.items() if kernels.capability])
+    def test_the_others_need_cuda(self, tiny_checkpoint_bf16: Path, kind: Attention) -> None:
+        with pytest.raises(UnusableModel, match=rf"^--attention {kind} needs an NVIDIA GPU, but the DiT runs on 'cpu'"):
+            load(tiny_checkpoint_bf16, attention=kind)
+
+    @pytest.mark.parametrize("kind", [Attention.FLASH_3, Attention.SAGE])
+    def test_packages_are_named(self, tiny_checkpoint_bf16: Path, kind: Attention) -> None:
+        transformer = load_pipeline(tiny_checkpoint_bf16, torch.bfloat16).transformer
+        with pytest.raises(UnusableModel, match=r"needs the package .*: (install|build) it") as refused:
+            use_kernels(transformer, CUDA, KERNELS[kind], f"--attention {kind}")
+        assert "\n" not in str(refused.value)
+
+
+class TestVae:
+    """How the VAE decodes."""
+
+    def test_in_tiles_hardly_anything_changes(self, tiny_checkpoint: Path) -> None:
+        whole, tiled = load(tiny_checkpoint), load(tiny_checkpoint, vae_tiling_pixels=0)
+        small, large = parameters(), parameters(width=1024, height=640, steps=1)
+        for wanted, most in ((small, 0), (large, 24)):
+            pictures = [model.start(wanted, embeddings(20), None) for model in (whole, tiled)]
+            for model, picture in zip((whole, tiled), pictures, strict=True):
+                while not picture.finished:
+                    model.step([picture])
+            one, other = (
+                model.decode([picture])[0].astype(int) for model, picture in zip((whole, tiled), pictures, strict=True)
+            )
+            assert np.percentile(abs(one - other), 99) <= most
+            assert (one == other).all() == (most == 0)
+
+    def test_channels_last_rounds_otherwise(self, tiny_checkpoint: Path) -> None:
+        assert abs(draw(load(tiny_checkpoint, vae_channels_last=True)) - draw(load(tiny_checkpoint))).max() <= 1
+
+    def test_several_at_once(self, tiny_checkpoint: Path) -> None:
+        model = load(tiny_checkpoint)
+        pictures = [model.start(parameters(seed=seed, steps=1), embeddings(20), None) for seed in range(3)]
+        for picture in pictures:
+            model.step([picture])
+        together = model.decode(pictures)
+        for picture, pixels in zip(pictures, together, strict=True):
+            assert abs(model.decode([picture])[0].astype(int) - pixels.astype(int)).max() <= 1
+        assert abs(together[0].astype(int) - together[1].astype(int)).max() > 10
+
+
+class TestQuantization:
+    """Weights in fewer bits."""
+
+    @pytest.mark.parametrize("kind", ["int8", "int8_dynamic", "fp8"])
+    def test_the_picture_changes_a_little(self, tiny_checkpoint_bf16: Path, kind: str) -> None:
+        pytest.importorskip("torchao", reason="the extra `quantization` is not installed")
+        model, plain = load(tiny_checkpoint_bf16, quantization=kind), load(tiny_checkpoint_bf16)
+        difference = abs(draw(model) - draw(plain))
+        assert 0 < np.percentile(difference, 99) <= 16
+        weights = model.parts.transformer.layers[0].feed_forward.w1.weight
+        assert type(weights) is not type(plain.parts.transformer.layers[0].feed_forward.w1.weight)
+        assert type(model.parts.transformer.t_embedder.mlp[0].weight) is torch.nn.Parameter
+
+    def test_loras_are_added_to_them(self, tiny_checkpoint_bf16: Path, tmp_path: Path) -> None:
+        pytest.importorskip("torchao", reason="the extra `quantization` is not installed")
+        write_original(tmp_path, load_pipeline(tiny_checkpoint_bf16, torch.bfloat16).transformer)
+        model = load(tiny_checkpoint_bf16, quantization="int8", lora_dir=tmp_path)
+        before = draw(model)
+        assert abs(draw(model, loras=(("original-0", 1.0),)) - before).max() > 10
+        assert (draw(model) == before).all()
+
+    @pytest.mark.parametrize("kind", ["int8", "fp8"])
+    def test_it_needs_the_package(self, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+        monkeypatch.setitem(sys.modules, "torchao", None)
+        with pytest.raises(UnusableModel, match=rf"^--quantization {kind} needs the package torchao: install it with"):
+            load(tiny_checkpoint, quantization=kind)
+
+    def test_fp8_arithmetic_needs_a_gpu(self, tiny_checkpoint: Path) -> None:
+        with pytest.raises(UnusableModel, match=r"^--quantization fp8_dynamic needs an NVIDIA GPU of compute"):
+            load(tiny_checkpoint, quantization="fp8_dynamic")
+
+
+class TestCacheDit:
+    """Blocks that are skipped."""
+
+    def test_the_picture_is_drawn_with_each_count_of_steps(self, tiny_checkpoint_bf16: Path) -> None:
+        pytest.importorskip("cache_dit", reason="the extra `cache` is not installed")
+        model, plain = load(tiny_checkpoint_bf16, cache_dit=True), load(tiny_checkpoint_bf16)
+        for steps in (2, 12, 3):
+            pictures = [one.start(parameters(steps=steps), embeddings(20), None) for one in (model, plain)]
+            for one, picture in zip((model, plain), pictures, strict=True):
+                while not picture.finished:
+                    one.step([picture])
+            ours, theirs = (one.decode([p])[0].astype(int) for one, p in zip((model, plain), pictures, strict=True))
+            assert np.percentile(abs(ours - theirs), 99) <= 40
+
+    def test_guidance_that_ends_early_is_refused(self, tiny_checkpoint_bf16: Path) -> None:
+        pytest.importorskip("cache_dit", reason="the extra `cache` is not installed")
+        model = load(tiny_checkpoint_bf16, cache_dit=True)
+        wanted = parameters(guidance_scale=2.0, cfg_truncation=0.1, steps=9)
+        with pytest.raises(InvalidField, match="'cfg_truncation' must be 1 here"):
+            model.start(wanted, embeddings(20), embeddings(5))
+
+    def test_it_needs_the_package(self, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "cache_dit", None)
+        with pytest.raises(UnusableModel, match=r"^--cache-dit needs the package cache-dit: install it with"):
+            load(tiny_checkpoint, cache_dit=True)
+
+    def test_pictures_are_made_one_at_a_time(self, tiny_checkpoint: Path) -> None:
+        limits = limits_of(DiffusionSettings(model_path=tiny_checkpoint, dit_device="cpu", cache_dit=True))
+        assert (limits.running, limits.batch) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"flash_attn": True, "attention": "sage"},
+        {"compile": True, "lora_dir": "x"},
+        {"cache_dit": True, "compile": True},
+        {"cache_dit": True, "cpu_offload": True},
+        {"quantization": "int8", "cpu_offload": True},
+        {"lora_dir": "x", "cpu_offload": True},
+    ],
+)
+def test_options_that_contradict_each_other_are_one_sentence(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in options.items():
+        monkeypatch.setenv(f"ZIMAGE_{name.upper()}", str(value))
+    with pytest.raises(InvalidSettings, match=r"^--[a-z-]+ and .*--[a-z-]+ .*: leave one (of them )?out$"):
+        read_settings(DiffusionSettings)
+
+
+@pytest.mark.parametrize("text", ["1024", "1024x", "1000x1024", "8x1024", "1024x9000", "a"])
+def test_sizes_to_compile_for(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZIMAGE_COMPILE_SIZES", text)
+    with pytest.raises(InvalidSettings, match="a size is written like 1024x768"):
+        read_settings(DiffusionSettings)
+    monkeypatch.setenv("ZIMAGE_COMPILE_SIZES", "512x512,1024x768")
+    settings = read_settings(DiffusionSettings)
+    assert [(one.width, one.height, count) for one, count in rehearsals(settings)] == [
+        (*size, count) for size in ((256, 176), (512, 512), (1024, 768)) for count in (1, 2)
+    ]

@@ -10,7 +10,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from services.diffusion.settings import DiffusionSettings, LoraFile
+from services.diffusion.lora_settings import LoraFile
+from services.diffusion.settings import DiffusionSettings
 from shared.settings import InvalidSettings, read_settings
 from zimage.flags import check_configuration, set_environment, with_flags
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from shared.errors import BY_CODE
-from zimage.flags import check_configuration, without_effect
+from zimage.flags import check_configuration
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGES = sorted(
@@ -39,7 +39,6 @@ def test_the_example_configuration_changes_nothing(monkeypatch: pytest.MonkeyPat
     assert {name: settings.model_dump() for name, settings in check_configuration().items()} == {
         name: settings.model_dump() for name, settings in defaults.items()
     }
-    assert without_effect() == []
 
 
 def test_the_table_of_flags_is_up_to_date() -> None:

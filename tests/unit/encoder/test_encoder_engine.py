@@ -14,6 +14,7 @@ from services.encoder.engine import EncoderEngine, Limits
 from services.encoder.model import TextEncoder
 from shared.device_thread import EXIT_DEVICE_FAILED
 from shared.errors import InternalError, InvalidField, OutOfMemory, QueueFull, Unready
+from shared.language.generations import WritingLimits
 
 PATIENCE_S = 30.0
 
@@ -58,11 +59,12 @@ def quiet_logs() -> Iterator[None]:
 
 
 LIMITS = Limits(max_batch_tokens=4096, max_batch_texts=64, max_waiting=20, max_tokens=500)
+WRITING = WritingLimits(max_running=4, max_waiting=4, max_cache_tokens=4096)
 
 
 @asynccontextmanager
 async def running(model: TextEncoder, limits: Limits = LIMITS) -> AsyncIterator[EncoderEngine]:
-    engine = EncoderEngine(lambda: model, limits)
+    engine = EncoderEngine(lambda: model, limits, WRITING)
     engine.device.start()
     await eventually(lambda: engine.device.unready_reason() is None)
     try:
@@ -198,7 +200,7 @@ async def test_a_batch_that_breaks_fails_alone(
 async def test_a_device_that_is_lost_ends_the_process(model: Watched) -> None:
     """After a CUDA assert every later call fails: the service must say so and exit for its supervisor to restart it."""
     statuses: list[int] = []
-    engine = EncoderEngine(lambda: model, LIMITS, on_failure=statuses.append)
+    engine = EncoderEngine(lambda: model, LIMITS, WRITING, on_failure=statuses.append)
     engine.device.start()
     await eventually(lambda: engine.device.unready_reason() is None)
     model.break_next = [torch.AcceleratorError("CUDA error: device-side assert triggered")]
@@ -254,7 +256,7 @@ async def test_unready_before_the_model_is_loaded(text_encoder: TextEncoder) -> 
         may_load.wait(PATIENCE_S)
         return text_encoder
 
-    engine = EncoderEngine(load, LIMITS)
+    engine = EncoderEngine(load, LIMITS, WRITING)
     engine.device.start()
     with pytest.raises(Unready, match="being loaded"):
         await engine.encode(["a cat"], layer=-2)

@@ -21,6 +21,8 @@ from services.encoder.model import TextEncoder
 from services.encoder.settings import EncoderSettings
 from services.gateway import app as gateway_app
 from services.gateway.clients import DiffusionClient, EncoderClient
+from services.gateway.references import VlClient
+from services.gateway.rewriting import RewriterClient
 from services.gateway.settings import GatewaySettings
 from shared.client import ServiceClient
 
@@ -43,15 +45,15 @@ class Recorder(httpx2.AsyncBaseTransport):
     def __init__(self, inner: httpx2.AsyncBaseTransport) -> None:
         self.inner = inner
         self.calls: list[tuple[httpx2.Request, bytes]] = []
-        self.instead: Callable[[httpx2.Request], httpx2.Response] | None = None
+        self.instead: Callable[[httpx2.Request], httpx2.Response | None] | None = None
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         """One call."""
         if not request.url.path.startswith("/v1/"):
             return await self.inner.handle_async_request(request)
         await request.aread()
-        if self.instead is not None:
-            return self.instead(request)
+        if self.instead is not None and (answer := self.instead(request)) is not None:
+            return answer
         response = await self.inner.handle_async_request(request)
         content = b"".join([piece async for piece in response.aiter_raw()])
         self.calls.append((request, content))
@@ -84,7 +86,9 @@ def start_gateway(text_encoder: TextEncoder, zimage_model: ZImageModel, tmp_path
     diffusion = diffusion_app.create_app(DiffusionSettings(max_pixels=1 << 30), model=model)
 
     @asynccontextmanager
-    async def start(**settings: Any) -> AsyncIterator[Gateway]:
+    async def start(
+        *, rewriter: RewriterClient | None = None, vl: VlClient | None = None, **settings: Any
+    ) -> AsyncIterator[Gateway]:
         async with started(encoder) as encoding, started(diffusion) as drawing:
             recorders = Recorder(httpx2.ASGITransport(encoding)), Recorder(httpx2.ASGITransport(drawing))
             services = [
@@ -96,6 +100,8 @@ def start_gateway(text_encoder: TextEncoder, zimage_model: ZImageModel, tmp_path
                 GatewaySettings(**{"data_dir": tmp_path, **settings}),
                 encoder=EncoderClient(services[0]),
                 diffusion=None if settings.get("encoder_only") else DiffusionClient(services[1]),
+                rewriter=rewriter,
+                vl=vl,
             )
             async with client_of(app) as client:
                 yield Gateway(client, app, *recorders, model)

@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 
 from services.gateway.clients import (
     ApiEncoderClient,
+    Commission,
     DiffusionClient,
     Embeddings,
     EncoderClient,
     Encoding,
     probe,
-    thumbnail_of,
 )
-from shared.client import Reply, ServiceClient
-from shared.errors import BadUpstream, ServiceError, Unreachable
+from shared.client import ServiceClient
+from shared.errors import BadUpstream, OutOfMemory, ServiceError, Unreachable
 from shared.schemas.diffusion import DiffusionParameters
 from shared.schemas.fields import LongPromptMode
 from shared.wire import TensorMeta, build_header, parse_header
@@ -41,10 +41,10 @@ class Body(httpx2.AsyncByteStream):
         yield self.content
 
 
-def service(answer: Answer) -> ServiceClient:
+def service(answer: Answer, told: dict[str, str] | None = None) -> ServiceClient:
     def handle(request: httpx2.Request) -> httpx2.Response:
         status, content = answer(request)
-        return httpx2.Response(status, stream=Body(content))
+        return httpx2.Response(status, headers=told, stream=Body(content))
 
     transport = httpx2.MockTransport(handle)
     headers = {"authorization": "Bearer key"}
@@ -192,8 +192,8 @@ async def test_the_message_to_diffusion() -> None:
         return 200, PNG
 
     text, negative = (Embeddings("BF16", (rows, 8), memoryview(bytes([rows]) * rows * 16)) for rows in (3, 1))
-    reply = await DiffusionClient(service(answer)).generate(PARAMETERS, text, negative, timeout_s=5)
-    assert reply.body == PNG
+    drawn = await DiffusionClient(service(answer)).generate(Commission(PARAMETERS, text, negative), timeout_s=5)
+    assert drawn.png == PNG
     (request,) = seen
     header = parse_header(request.content)
     assert header.tensors == (TensorMeta("text", "BF16", (3, 8)), TensorMeta("negative", "BF16", (1, 8)))
@@ -207,16 +207,61 @@ async def test_the_message_to_diffusion() -> None:
 async def test_an_answer_that_is_no_png(content: bytes) -> None:
     text = Embeddings("BF16", (3, 8), memoryview(bytes(48)))
     with pytest.raises(BadUpstream, match="not a PNG"):
-        await DiffusionClient(always(content)).generate(PARAMETERS, text, None, timeout_s=5)
+        await DiffusionClient(always(content)).generate(Commission(PARAMETERS, text, None), timeout_s=5)
 
 
 @pytest.mark.parametrize(
-    ("header", "thumbnail"),
-    [("/9j/4A==", b"\xff\xd8\xff\xe0"), ("", b""), ("?", b""), ("AAA", b""), ("é", b"")],
+    ("headers", "thumbnail"),
+    [
+        ({"x-thumbnail": "/9j/4A=="}, b"\xff\xd8\xff\xe0"),
+        ({"x-thumbnail": ""}, b""),
+        ({"x-thumbnail": "?"}, b""),
+        ({"x-thumbnail": "AAA"}, b""),
+        ({}, b""),
+    ],
 )
-def test_thumbnails(header: str, thumbnail: bytes) -> None:
-    assert thumbnail_of(Reply({"X-Thumbnail": header}, b"")) == thumbnail
-    assert thumbnail_of(Reply({}, b"")) == b""
+async def test_thumbnails(headers: dict[str, str], thumbnail: bytes) -> None:
+    text = Embeddings("BF16", (3, 8), memoryview(bytes(48)))
+    client = DiffusionClient(service(lambda _: (200, PNG), headers))
+    drawn = await client.generate(Commission(PARAMETERS, text, None), timeout_s=5)
+    assert drawn.thumbnail == thumbnail
+
+
+EVENT = b"event: %s\ndata: %s\n\n"
+
+
+async def test_events_of_a_picture() -> None:
+    done = json.dumps({"headers": {"Server-Timing": "png;dur=1"}, "image_b64": base64.b64encode(PNG).decode()})
+    told = [(b"queued", b'{"id": null, "place": 3}'), (b"step", b'{"step": 1, "steps": 2, "seconds_left": 0.5}')]
+    stream = b"".join(EVENT % one for one in (*told, (b"done", done.encode())))
+    client = DiffusionClient(service(lambda _: (200, stream), {"content-type": "text/event-stream"}))
+    text = Embeddings("BF16", (3, 8), memoryview(bytes(48)))
+    happened = [item async for item in client.follow(Commission(PARAMETERS, text, None), timeout_s=5)]
+    assert [item.name for item in happened[:-1]] == ["queued", "step"]
+    assert happened[0].fields.model_dump() == {"id": None, "place": 3}
+    assert (happened[-1].png, happened[-1].server_timing, happened[-1].thumbnail) == (PNG, "png;dur=1", b"")
+
+
+FULL = b'{"title": "t", "status": 503, "detail": "Full.", "code": "out_of_memory", "request_id": "1"}'
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "error"),
+    [
+        (b"error", FULL, OutOfMemory),
+        (b"error", b"{}", BadUpstream),
+        (b"done", b'{"headers": {}, "image_b64": "R0lGODlh"}', BadUpstream),
+        (b"done", b'{"headers": {}, "image_b64": "?"}', BadUpstream),
+        (b"done", b"7", BadUpstream),
+        (b"step", b"{}", BadUpstream),
+        (b"dance", b"{}", BadUpstream),
+    ],
+)
+async def test_events_that_end_it(name: bytes, data: bytes, error: type[ServiceError]) -> None:
+    client = DiffusionClient(service(lambda _: (200, EVENT % (name, data)), {"content-type": "text/event-stream"}))
+    text = Embeddings("BF16", (3, 8), memoryview(bytes(48)))
+    with pytest.raises(error):
+        _ = [item async for item in client.follow(Commission(PARAMETERS, text, None), timeout_s=5)]
 
 
 async def test_probes() -> None:

@@ -90,14 +90,15 @@ def test_a_truncated_file(broken: Path) -> None:
     path = weights_of(broken / "transformer")
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
-    with pytest.raises(UnusableModel, match=f"is truncated: {len(whole) - 1} of {len(whole)} bytes"):
+    with pytest.raises(UnusableModel, match=f"is truncated: {len(whole) - 1} bytes instead of {len(whole)}"):
         require_weights(broken / "transformer")
 
 
 def test_a_file_that_is_too_long(broken: Path) -> None:
     path = weights_of(broken / "vae")
-    path.write_bytes(path.read_bytes() + b"\0")
-    with pytest.raises(UnusableModel):
+    whole = path.read_bytes()
+    path.write_bytes(whole + b"\0")
+    with pytest.raises(UnusableModel, match=f"is too long: {len(whole) + 1} bytes instead of {len(whole)}"):
         require_weights(broken / "vae")
 
 

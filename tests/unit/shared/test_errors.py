@@ -94,7 +94,13 @@ def test_responses_document_each_status_with_an_example_for_each_code() -> None:
         assert Problem.model_validate(example).code == kind.code
         assert example["status"] == kind.status
         assert set(content["schema"]["properties"]) == set(Problem.model_fields)
-    assert set(documented[503]["content"][MEDIA_TYPE]["examples"]) == {"unready", "unreachable", "out_of_memory"}
+    assert set(documented[503]["content"][MEDIA_TYPE]["examples"]) == {
+        "unready",
+        "not_begun",
+        "device_failed",
+        "unreachable",
+        "out_of_memory",
+    }
 
 
 class Body(BaseModel):

@@ -287,7 +287,9 @@ def test_the_prompt_is_required_and_nothing_else() -> None:
     ],
 )
 def test_the_encoder_refuses(body: dict[str, Any], field: str) -> None:
-    assert refusal(HiddenStatesRequest, body).startswith(f"'{field}' ")
+    detail = refusal(HiddenStatesRequest, body)
+    assert detail.startswith(f"'{field}' ")
+    assert detail.count("'input'") <= 1, "one mistake is one sentence, though a text or a list may be given"
 
 
 def test_the_encoder_takes_one_text_or_several() -> None:

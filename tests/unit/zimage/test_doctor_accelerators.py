@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from doctor_rows import named
 
+from services.diffusion.kernels import FLASH_ATTN
 from zimage.doctor import accelerators
 from zimage.doctor.attention import attention_rows
 from zimage.doctor.row import State
@@ -95,18 +96,18 @@ class TestAccelerators:
 
 class TestAttention:
     def test_native_is_always_there(self) -> None:
-        assert named(attention_rows(None, flash_needed=False), "attention native").state is State.OK
+        assert named(attention_rows(None), "attention native").state is State.OK
 
     def test_the_device_counts(self) -> None:
-        assert named(attention_rows((7, 5), flash_needed=False), "attention cuDNN").state is State.NOTE
-        assert named(attention_rows((9, 0), flash_needed=False), "attention cuDNN").state is State.OK
+        assert named(attention_rows((7, 5)), "attention cuDNN").state is State.NOTE
+        assert named(attention_rows((9, 0)), "attention cuDNN").state is State.OK
 
     def test_flash_is_missing_where_it_is_asked_for(self) -> None:
-        rows = attention_rows(None, flash_needed=True)
+        rows = attention_rows(None, wanted=FLASH_ATTN.names)
         assert [row.what for row in rows if row.state is State.MISSING] == ["attention flash"]
 
     def test_either_flash_will_do(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("diffusers.models.attention_dispatch._CAN_USE_FLASH_ATTN_3", True)
-        rows = attention_rows((9, 0), flash_needed=True)
+        rows = attention_rows((9, 0), wanted=FLASH_ATTN.names)
         assert named(rows, "attention flash 3").state is State.OK
         assert named(rows, "attention flash").state is State.NOTE

@@ -11,7 +11,7 @@ from doctor_rows import configured
 from scripted_server import Answer, Command, scripted_server
 
 from tests.servers import environment, free_port, running, wait_until, zimage
-from zimage.doctor import machine, report
+from zimage.doctor import libraries, machine, report
 from zimage.doctor.libraries import library_row, package_row, try_import
 from zimage.doctor.row import State
 from zimage.redis_server import find_binary
@@ -33,7 +33,8 @@ def test_a_machine_that_can_serve(command: Command, tiny_checkpoint: Path, capsy
     assert {row["state"] for row in rows.values()} <= {"ok", "note"}
     for what in (
         *("Python", "platform", "CPU", "memory", "torch", "MPS", "bfloat16", "numpy", "transformers", "diffusers"),
-        *("accelerate", "peft", "torchao", "C compiler", "configuration", "data directory", "disk", "Redis", "model"),
+        *("accelerate", "peft", "torchao", "cache-dit", "fp8 arithmetic", "CPU offload", "VAE options", "calibration"),
+        *("C compiler", "configuration", "data directory", "disk", "Redis", "model"),
         *(f"attention {name}" for name in ("native", "cuDNN", "flash", "flash 3", "sage")),
         *(f"model {name}" for name in ("text_encoder", "transformer", "vae")),
         *("weights on cpu", f"port {os.environ['ZIMAGE_PORT']}"),
@@ -206,3 +207,32 @@ def test_help_loads_no_torch() -> None:
 
 def test_every_row_has_a_style() -> None:
     assert set(report._STYLES) == set(State)
+
+
+def test_options_are_missing_where_they_are_asked_for(
+    command: Command, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(libraries, "installed", lambda _: None)
+    flags = ("--dit-device", "cpu", "--attention", "sage", "--quantization", "fp8_dynamic", "--cache-dit")
+    assert command("doctor", "--json", "--model-path", tiny_checkpoint, *flags) == 1
+    missing = [reason.partition(":")[0] for reason in told(capsys)["reasons"]]
+    assert {"attention sage", "torchao", "fp8 arithmetic", "cache-dit"} <= set(missing)
+
+
+def test_calibrating(
+    command: Command, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--model-path", tiny_checkpoint, "--dit-device", "cpu", "--data-dir", tmp_path)
+    assert command("doctor", "--json", *flags) == 0
+    before = {row["what"]: row for row in told(capsys)["rows"]}["calibration"]
+    assert (before["state"], before["todo"]) == ("note", "measure it with `zimage doctor --calibrate`")
+    settings = environment(ZIMAGE_MAX_PIXELS=str(128 * 128), ZIMAGE_PORT="0")
+    calibrating = zimage("doctor", "--json", "--calibrate", *flags)
+    done = subprocess.run(calibrating, env=settings, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = {row["what"]: row for row in json.loads(done.stdout)["rows"]}
+    assert "calibration 16384 pixels" in rows
+    assert rows["calibration"]["detail"] == f"kept in {tmp_path / 'calibration.json'}"
+    assert command("doctor", "--json", *flags) == 0
+    after = {row["what"]: row for row in told(capsys)["rows"]}["calibration"]
+    assert after["detail"].startswith("1 sizes were measured")

@@ -1,12 +1,15 @@
 """The doctor's look at the model directory."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from doctor_rows import configured, named
 
+from services.diffusion.settings import DiffusionSettings
+from services.encoder.settings import EncoderSettings
 from shared import tensors
 from zimage.doctor import model
 from zimage.doctor.row import Row, State
@@ -32,6 +35,23 @@ class TestModel:
         assert [row.what for row in rows] == ["model", "model text_encoder", "weights on cpu"]
         rows = self.rows(tiny_checkpoint, settings, use_api_encoder="true", api_url="http://127.0.0.1:1")
         assert [row.state for row in rows] == [State.NOTE]
+
+    def test_a_rewriter_with_weights_of_its_own(self, tiny_checkpoint: Path, settings: pytest.MonkeyPatch) -> None:
+        shared = named(self.rows(tiny_checkpoint, settings, encoder_only="true"), "weights on cpu")
+        own = {"encoder_only": "true", "rewriter_backend": "local", "rewriter_device": "cpu"}
+        rows = self.rows(tiny_checkpoint, settings, **own)
+        assert named(rows, "model text_encoder for the rewriter").state is State.OK
+        assert named(rows, "weights on cpu").detail != shared.detail, "they are in memory twice"
+
+    @pytest.mark.parametrize("part", [*EncoderSettings.parts, *DiffusionSettings.parts])
+    def test_a_part_is_missing(
+        self, tiny_checkpoint: Path, settings: pytest.MonkeyPatch, tmp_path: Path, part: str
+    ) -> None:
+        copy = copied(tiny_checkpoint, tmp_path)
+        shutil.rmtree(copy / part)
+        (row,) = self.rows(copy, settings)
+        assert row.state is State.MISSING
+        assert f"'{part}' is missing" in row.detail
 
     def test_no_torch(self, tiny_checkpoint: Path, settings: pytest.MonkeyPatch) -> None:
         settings.setenv("ZIMAGE_MODEL_PATH", str(tiny_checkpoint))

@@ -1,0 +1,138 @@
+"""The diffusion service's engine and diffusers' `ZImagePipeline` on one checkpoint in this process, given the same
+embeddings: so that nothing is compared but how pictures are made."""
+
+import asyncio
+import io
+import json
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import ZImagePipeline
+from PIL import Image
+
+from services.diffusion.engine import DiffusionEngine
+from services.diffusion.jobs import Picture, PictureRequest
+from services.diffusion.loading import limits_of, load_zimage
+from services.diffusion.order import Limits
+from services.diffusion.settings import DiffusionSettings
+from shared.schemas.diffusion import DiffusionParameters
+from shared.tensors import to_chunks
+from shared.wire import parse_header
+
+PNG_LEVEL = 1  # of both, as the level decides the time
+MANY = 1_000  # pictures that may wait
+READY_S = 0.01
+SHORTEST, LENGTHS = 12, 20  # tokens of the texts: within one length that is padded alike
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """A picture to draw."""
+
+    seed: int
+    width: int = 256
+    height: int = 256
+    steps: int = 9
+
+    def text(self, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """Hidden states that belong to the seed, [tokens, width]."""
+        generator = torch.Generator().manual_seed(self.seed)
+        tokens = SHORTEST + self.seed % LENGTHS
+        return torch.randn((tokens, width), generator=generator).to(dtype)
+
+    def fields(self) -> dict[str, Any]:
+        """As the service takes them."""
+        return {
+            "width": self.width,
+            "height": self.height,
+            "steps": self.steps,
+            "seed": self.seed,
+            "guidance_scale": 0.0,
+            "shift": 3.0,
+            "long_prompt_mode": "interpolate",
+        }
+
+
+class Script:
+    """diffusers' pipeline, as a script would use it: one picture after the other."""
+
+    def __init__(self, checkpoint: Path, **options: Any) -> None:
+        self.pipeline = ZImagePipeline.from_pretrained(
+            checkpoint, text_encoder=None, tokenizer=None, dtype=torch.bfloat16, local_files_only=True, **options
+        )
+        self.pipeline.set_progress_bar_config(disable=True)
+
+    def draw(self, wanted: Wanted) -> Any:
+        """The picture, as PIL has it."""
+        transformer = self.pipeline.transformer
+        return self.pipeline(
+            prompt_embeds=[wanted.text(transformer.config.cap_feat_dim, transformer.dtype).to(transformer.device)],
+            width=wanted.width,
+            height=wanted.height,
+            num_inference_steps=wanted.steps,
+            guidance_scale=0.0,
+            generator=torch.Generator("cpu").manual_seed(wanted.seed),
+        ).images[0]
+
+    def draw_pngs(self, several: Sequence[Wanted]) -> float:
+        """Seconds for these pictures, one after the other, PNGs included."""
+        started = time.perf_counter()
+        for wanted in several:
+            self.draw(wanted).save(io.BytesIO(), "PNG", compress_level=PNG_LEVEL)
+        return time.perf_counter() - started
+
+
+@asynccontextmanager
+async def studio(settings: DiffusionSettings, limits: Limits | None = None) -> AsyncIterator["Studio"]:
+    """An engine that is ready."""
+    engine = DiffusionEngine(
+        lambda: load_zimage(settings), limits or limits_of(settings), max_waiting=MANY, png_compression=PNG_LEVEL
+    )
+    engine.device.start()
+    await asyncio.to_thread(_wait_until_loaded, engine)
+    try:
+        yield Studio(engine)
+    finally:
+        await engine.stop()
+
+
+def _wait_until_loaded(engine: DiffusionEngine) -> None:
+    while engine.device.unready_reason() == "the model is being loaded":
+        time.sleep(READY_S)
+
+
+class Studio:
+    """The engine, asked as the service's routes ask it."""
+
+    def __init__(self, engine: DiffusionEngine) -> None:
+        self._engine = engine
+
+    async def draw(self, wanted: Wanted) -> Picture:
+        """The picture."""
+        facts = self._engine.facts
+        text = wanted.text(facts.text_width, getattr(torch, facts.dtype))
+        message = bytearray(b"".join(to_chunks({"text": text}, {"parameters": json.dumps(wanted.fields())})))
+        parameters = DiffusionParameters.model_validate_json(json.dumps(wanted.fields()))
+        request = PictureRequest(parameters, message, parse_header(message))
+        async for item in self._engine.generate(request):
+            if isinstance(item, Picture):
+                return item
+        raise RuntimeError("no picture came")
+
+    async def draw_at_once(self, several: Sequence[Wanted]) -> float:
+        """Seconds for these pictures, asked for by as many clients at once."""
+        started = time.perf_counter()
+        await asyncio.gather(*(self.draw(wanted) for wanted in several))
+        return time.perf_counter() - started
+
+
+def pixels_of(picture: Picture) -> Any:
+    """What the PNG shows, as whole numbers [height, width, 3]."""
+    with Image.open(io.BytesIO(picture.png)) as image:
+        return np.asarray(image).astype(int)

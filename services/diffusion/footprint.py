@@ -1,0 +1,97 @@
+"""How much memory a picture takes on the device beyond the weights: by a formula, or as measured. Knows no tensors.
+
+Both a step and a decoding take memory in proportion to their size: attention is never stored whole, and the largest
+tensors are a few times a block's width, or the VAE's last layers at the picture's full size. The formula's factors are
+about one and a half times what was measured on checkpoints of several widths, in float32 and bfloat16.
+"""
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from services.diffusion.shapes import Shape
+
+STEP_FACTOR = 24  # measured: 16 to 17 numbers of the block's width for each token
+DECODE_FACTOR = 6  # measured: 3.5 to 5.5 numbers for each pixel and channel of the last layer but one
+MARGIN = 1.1  # on what was measured: allocators round, and kernels keep a little for themselves
+DISTRUST, MOST_DISTRUST = 1.25, 4.0
+TILE_PX = 512  # a side of what the VAE decodes at a time when it decodes in tiles
+LATENT_BYTES_PER_PIXEL = 1  # 16 channels of float32 for 64 pixels, and as much again for the last velocity
+
+Points = Mapping[int, int]
+"""Bytes by size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a calibration found: bytes of a step by its tokens, of a decoding by its pixels."""
+
+    step: Points = field(default_factory=dict)
+    decode: Points = field(default_factory=dict)
+
+
+@dataclass(slots=True, kw_only=True)
+class Footprint:
+    """Memory of the work on one model. Widths are in numbers, item sizes in bytes."""
+
+    width: int
+    text_width: int
+    item_bytes: int
+    vae_width: int
+    vae_item_bytes: int
+    tiling_pixels: int
+    measured: Measured = field(default_factory=Measured)
+    trust: float = 1.0
+
+    def step(self, tokens: int) -> int:
+        """Bytes of a forward of so many tokens, all its items together."""
+        formula = STEP_FACTOR * self.width * self.item_bytes
+        return int(self.trust * _estimate(self.measured.step, tokens, formula))
+
+    def decode(self, pixels: int) -> int:
+        """Bytes of a decoding of so many pixels at once."""
+        tiled = pixels > self.tiling_pixels
+        points = {size: taken for size, taken in self.measured.decode.items() if (size > self.tiling_pixels) == tiled}
+        at_once = min(pixels, TILE_PX**2) + pixels // self.vae_width if tiled and not points else pixels
+        formula = DECODE_FACTOR * self.vae_width * self.vae_item_bytes
+        return int(self.trust * _estimate(points, at_once, formula))
+
+    def held(self, shape: Shape) -> int:
+        """Bytes that a picture holds from its first step to its last: latents and embeddings."""
+        embeddings = (shape.text_tokens + shape.negative_tokens) * self.text_width * self.item_bytes
+        return LATENT_BYTES_PER_PIXEL * 2 * shape.pixels + embeddings
+
+    def together(self, running: Sequence[Shape]) -> int:
+        """Bytes that these pictures take at most at a time: one group steps, or one picture is decoded."""
+        if not running:
+            return 0
+        steps = max(self.step(running.count(shape) * shape.tokens) for shape in set(running))
+        decodings = max(self.decode(shape.pixels) for shape in set(running))
+        return sum(map(self.held, running)) + max(steps, decodings)
+
+    def most_pixels(self, shape: Shape, room: int) -> int:
+        """Pixels of the largest picture of that form which takes at most `room` bytes."""
+        low, high = 0, shape.pixels
+        while high - low > 1:
+            middle = (low + high) // 2
+            share = middle / shape.pixels
+            step = self.step(int(shape.tokens * share))
+            taken = int(self.held(shape) * share) + max(step, self.decode(middle))
+            low, high = (middle, high) if taken <= room else (low, middle)
+        return low
+
+    def distrust(self) -> None:
+        """The device ran out of memory all the same: from now on expect more."""
+        self.trust = min(self.trust * DISTRUST, MOST_DISTRUST)
+
+
+def _estimate(points: Points, size: int, formula: float) -> float:
+    """What was measured for the next larger size, shrunk in proportion but not below the next smaller one; beyond
+    all of them the largest, grown in proportion; where nothing was measured the formula, which is bytes for each."""
+    if not points or not size:
+        return size * formula
+    sizes = sorted(points)
+    place = bisect_left(sizes, size)
+    nearest = sizes[min(place, len(sizes) - 1)]
+    least = points[sizes[place - 1]] if place else 0
+    return MARGIN * max(points[nearest] * size / nearest, least)

@@ -1,0 +1,149 @@
+"""The LoRA files that requests may name: a folder, looked through anew whenever someone asks. Loads nothing.
+
+A name is a file's place in the folder without its suffix. What a request says is looked up here, never made a path.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+
+import structlog
+
+from services.diffusion.lora_settings import LORA_SUFFIX, LoraFile, LoraSettings
+from services.diffusion.shapes import Lora
+from shared.errors import InvalidField, UnknownName
+from shared.schemas.diffusion import LoraChoice
+from shared.wire import Header, WireError, read_file_header
+
+MAX_FILES = 10_000
+MAX_METADATA_ENTRIES = 64
+MAX_METADATA_CHARS = 2_000  # of one value; some trainers write every caption that they have seen
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShelfLora:
+    """A file of the folder; `stamp` changes with the file, `numbers` are those of its matrices."""
+
+    name: str
+    path: Path
+    stamp: tuple[int, int]
+    bytes: int
+    numbers: int
+    rank: int | None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+class Shelf:
+    """The folder, and the LoRAs that a picture has by default. Its methods read files: not for the event loop."""
+
+    def __init__(self, settings: LoraSettings) -> None:
+        self._folder = settings.lora_dir
+        self._flags = settings.loras
+        self._seen: dict[Path, ShelfLora | None] = {}
+        self.files: Mapping[str, ShelfLora] = {}
+        self.refresh()
+        self.default: tuple[Lora, ...] = () if self._folder is None else self._default()
+
+    def refresh(self) -> None:
+        """Looks what is in the folder now. A file that is not whole safetensors is left out, and logged once."""
+        if self._folder is None:
+            return
+        paths = sorted(self._folder.rglob(f"*{LORA_SUFFIX}"))[:MAX_FILES]
+        found = {_printable(self._name(path)): path for path in paths}
+        for flag in self._flags:  # may lie elsewhere; a file of the folder keeps its name
+            if flag.path.resolve() not in {path.resolve() for path in found.values()}:
+                found.setdefault(flag.path.stem, flag.path)
+        files = {name: self._look_at(name, path) for name, path in found.items()}
+        self.files = MappingProxyType({name: lora for name, lora in files.items() if lora is not None})
+
+    def choose(self, choices: Sequence[LoraChoice] | None) -> tuple[Lora, ...]:
+        """Name and scale of each LoRA that a picture is to have, without those that a scale of 0 leaves out.
+
+        Raises UnknownName, and InvalidField for a choice that cannot be.
+        """
+        if choices is None:
+            return self.default
+        if self._folder is None and (choices or self._flags):
+            self._refuse(choices)
+        names = [choice.name for choice in choices]
+        if len(set(names)) < len(names):
+            raise InvalidField("'loras' names a LoRA twice; give it once, with the sum of the scales.")
+        if not set(names) <= set(self.files):
+            self.refresh()
+        for name in names:
+            if name not in self.files:
+                raise UnknownName(f"There is no LoRA {name!r}; GET /api/loras lists those that there are.")
+        return tuple((choice.name, float(choice.scale)) for choice in choices if choice.scale)
+
+    def bytes_of(self, names: set[str], item_bytes: int) -> int:
+        """Bytes of these LoRAs once they are loaded, a number in `item_bytes`."""
+        return sum(self.files[name].numbers * item_bytes for name in names if name in self.files)
+
+    def _refuse(self, choices: Sequence[LoraChoice]) -> None:
+        if choices:
+            raise UnknownName(
+                f"There is no LoRA {choices[0].name[:128]!r}: this server was started without --lora-dir."
+            )
+        raise InvalidField("'loras' cannot be empty here: this server's LoRAs are fused into its weights.")
+
+    def _default(self) -> tuple[Lora, ...]:
+        by_path = {lora.path.resolve(): name for name, lora in self.files.items()}
+        loras = [(by_path.get(lora.path.resolve()), lora) for lora in self._flags]
+        return tuple((name, lora.scale) for name, lora in loras if name is not None and lora.scale)
+
+    def _name(self, path: Path) -> str:
+        assert self._folder is not None  # noqa: S101 - only files of the folder have such a name
+        return path.relative_to(self._folder).with_suffix("").as_posix()
+
+    def _look_at(self, name: str, path: Path) -> ShelfLora | None:
+        try:
+            status = path.stat()
+            stamp = status.st_mtime_ns, status.st_size
+            known = self._seen.get(path)
+            if known is not None and known.stamp == stamp:
+                return known
+            with path.open("rb") as file:
+                header = read_file_header(file)
+        except (OSError, WireError) as error:
+            if path not in self._seen or self._seen[path] is not None:
+                log.warning("a LoRA of the folder cannot be used", path=str(path), cause=str(error))
+            self._seen[path] = None
+            return None
+        lora = ShelfLora(
+            name=name,
+            path=path,
+            stamp=stamp,
+            bytes=status.st_size,
+            numbers=sum(math.prod(tensor.shape) for tensor in header.tensors),
+            rank=_rank(header),
+            metadata=_short(header.metadata),
+        )
+        self._seen[path] = lora
+        return lora
+
+
+def default_files(settings: LoraSettings) -> Sequence[LoraFile]:
+    """The LoRAs to fuse at the start: the flags', where requests cannot choose others."""
+    return settings.loras if settings.lora_dir is None else ()
+
+
+def _rank(header: Header) -> int | None:
+    ranks = {
+        tensor.shape[0]
+        for tensor in header.tensors
+        if tensor.name.endswith((".lora_A.weight", ".lora_down.weight")) and len(tensor.shape) == 2
+    }
+    return ranks.pop() if len(ranks) == 1 else None
+
+
+def _short(metadata: Mapping[str, str]) -> Mapping[str, str]:
+    items = list(metadata.items())[:MAX_METADATA_ENTRIES]
+    return {_printable(name[:128]): _printable(text[:MAX_METADATA_CHARS]) for name, text in items}
+
+
+def _printable(text: str) -> str:
+    return text.encode(errors="replace").decode()

@@ -1,0 +1,239 @@
+"""The device thread's side of the engine: pictures that wait, pictures in the making, and the tick that moves them on.
+
+A tick begins what can be begun and makes one step for one group. Whatever happens to one picture, the others go on; an
+error after which the device answers no more ends all of them, each with its reason.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+
+import structlog
+
+from services.diffusion.jobs import Drawn, PictureJob, Sketch, Waits
+from services.diffusion.model import Denoising, ZImageModel
+from services.diffusion.order import Limits, admissible, decoded_together, in_line, next_group
+from shared.errors import (
+    DeviceFailed,
+    InternalError,
+    NotBegun,
+    NumericalError,
+    OutOfMemory,
+    QueueFull,
+    ServiceError,
+)
+from shared.schemas.diffusion import NEGATIVE, TEXT
+from shared.tensors import DEVICE_ERROR, describe
+
+RETRY_AFTER_S = 5
+ANEW = "the service starts anew."
+OVERFLOWED = "The model's numbers overflowed {where}; try another seed or float32 weights."
+
+log = structlog.get_logger(__name__)
+
+
+class StepScheduler:
+    """Pictures that wait and pictures that run. `tick` belongs to the device's thread, all else to the event loop."""
+
+    def __init__(self, limits: Limits, *, max_waiting: int, memory_bytes: int | None = None) -> None:
+        self.limits = limits
+        self.max_waiting = max_waiting
+        self._memory_bytes = memory_bytes
+        self._free_bytes: int | None = None
+        self._waiting: list[PictureJob] = []
+        self._running: list[PictureJob] = []
+        self._ticks = 0
+        self._lock = threading.Lock()
+
+    @property
+    def waiting(self) -> list[PictureJob]:
+        """Pictures in the queue, in the order in which they are begun."""
+        return in_line(list(self._waiting))
+
+    @property
+    def running(self) -> list[PictureJob]:
+        """Pictures in the making."""
+        return list(self._running)
+
+    def check_room(self) -> None:
+        """Raises QueueFull when no further picture may wait."""
+        if len(self._waiting) >= self.max_waiting:
+            raise QueueFull(
+                f"{len(self._waiting)} pictures are waiting already; try again soon.", retry_after_s=RETRY_AFTER_S
+            )
+
+    def add(self, job: PictureJob) -> None:
+        """Puts a picture into the queue. Raises QueueFull."""
+        with self._lock:
+            self.check_room()
+            self._waiting.append(job)
+            self._tell_places()
+
+    def drop(self, job: PictureJob) -> None:
+        """Nobody waits for the picture any more: it takes no place in the queue, and makes no further step."""
+        job.cancelled = True
+        with self._lock:
+            if job in self._waiting:
+                self._waiting.remove(job)
+                self._tell_places()
+
+    def refuse_all(self, begun: ServiceError, waiting: ServiceError) -> None:
+        """Ends every picture with an error, those in the making with another than those that wait."""
+        with self._lock:
+            left, self._waiting = self._waiting, []
+        for job in self._running:
+            job.fail(begun)
+        for job in left:
+            job.fail(waiting)
+
+    def tick(self, model: ZImageModel) -> bool:
+        """Moves pictures on by one step of one group; answers whether there may be more to do."""
+        try:
+            self._let_go()
+            self._begin_waiting(model)
+            group = next_group(self._running, self.limits)
+            if group:
+                self._ticks += 1
+                self._step(model, group)
+        except Exception:  # after it every call of the device fails: only a new process helps
+            self.refuse_all(
+                DeviceFailed("The device failed while it drew this picture; the service starts anew.", retry_after_s=5),
+                NotBegun(
+                    "The device failed before it had begun this picture; the service starts anew.", retry_after_s=5
+                ),
+            )
+            self._running.clear()
+            raise
+        return bool(self._running or self._waiting)
+
+    def _let_go(self) -> None:
+        """Pictures that were given up leave between two steps."""
+        for job in self._running:
+            if job.cancelled:
+                log.info("picture cancelled", request_id=job.request.request_id, step=job.step)
+        self._running = [job for job in self._running if not job.cancelled]
+
+    def _begin_waiting(self, model: ZImageModel) -> None:
+        if not self._waiting:
+            return
+        if not self._running:  # only then is what is free not what pictures in the making have left over
+            self._free_bytes = model.free_bytes() if self._memory_bytes is None else self._memory_bytes
+        with self._lock:
+            chosen = admissible(
+                self._waiting, self._running, self.limits, lambda shapes: model.fits(shapes, self._free_bytes)
+            )
+            too_large = not chosen and not self._running
+            if too_large:
+                chosen = self.waiting[:1]
+            self._waiting = [job for job in self._waiting if job not in chosen]
+            self._running += [] if too_large else chosen
+            self._tell_places()
+        for job in chosen:
+            if too_large:
+                job.fail(OutOfMemory("The device has too little free memory for this picture.", retry_after_s=10))
+            else:
+                self._begin(model, job)
+
+    def _begin(self, model: ZImageModel, job: PictureJob) -> None:
+        request = job.request
+        try:
+            text = model.read_embeddings(request.message, request.header, TEXT)
+            negative = model.read_embeddings(request.message, request.header, NEGATIVE) if request.guided else None
+            if log.is_enabled_for(logging.DEBUG):
+                log.debug("embeddings arrived", request_id=request.request_id, **describe(text))
+            references = [
+                model.read_embeddings(request.message, request.header, name) for name in request.parameters.references
+            ]
+            denoising = model.start(request.parameters, text, negative, job.shape.loras, references)
+            job.begin(denoising, self._ticks)
+        except Exception as error:  # noqa: BLE001 - one bad picture must not end the service
+            self._fail(model, [job], error)
+
+    def _step(self, model: ZImageModel, group: Sequence[PictureJob]) -> None:
+        try:
+            overflowed = model.step(_denoisings(group))
+        except Exception as error:  # noqa: BLE001 - one bad picture must not end the service
+            if len(group) == 1:
+                self._fail(model, group, error)
+                return
+            self._look_at(model, group, error)
+            for half in (group[: len(group) // 2], group[len(group) // 2 :]):
+                self._step(model, half)
+            return
+        for job in group:
+            self._note_step(model, job, overflowed)
+        self._finish(model, [job for job in group if job.denoising is not None and job.denoising.finished])
+
+    def _note_step(self, model: ZImageModel, job: PictureJob, overflowed: Sequence[Denoising]) -> None:
+        job.turn = self._ticks
+        if job.denoising in overflowed:
+            steps = job.request.parameters.steps
+            self._end(job, NumericalError(OVERFLOWED.format(where=f"at step {job.step} of {steps}")))
+            return
+        job.tell(job.told_step())
+        if job.denoising is not None and job.wants_sketch():
+            pixels = model.preview(job.denoising)
+            if pixels is not None:
+                job.tell(Sketch(job.step, pixels))
+
+    def _finish(self, model: ZImageModel, finished: Sequence[PictureJob]) -> None:
+        """Decodes pictures of one size whose steps are done, unless nobody waits for them any more."""
+        wanted = [job for job in finished if job in self._running and not job.cancelled]
+        for job in wanted:
+            job.timings.denoise = time.monotonic() - job.begun_at
+        for part in decoded_together(wanted, self.limits):
+            self._decode(model, part)
+
+    def _decode(self, model: ZImageModel, jobs: Sequence[PictureJob]) -> None:
+        started = time.monotonic()
+        try:
+            arrays = model.decode(_denoisings(jobs))
+        except Exception as error:  # noqa: BLE001 - one bad picture must not end the service
+            if len(jobs) == 1:
+                self._fail(model, jobs, error)
+                return
+            self._look_at(model, jobs, error)
+            for job in jobs:
+                self._decode(model, [job])
+            return
+        for job, pixels in zip(jobs, arrays, strict=True):
+            job.timings.decode = time.monotonic() - started
+            if pixels is None:
+                self._end(job, NumericalError(OVERFLOWED.format(where="while it was decoded")))
+            else:
+                self._running.remove(job)
+                job.resolve(Drawn(pixels))
+
+    def _fail(self, model: ZImageModel, jobs: Sequence[PictureJob], error: Exception) -> None:
+        """Ends pictures with an error of theirs. Raises what says that the device is lost."""
+        self._look_at(model, jobs, error)
+        told = error if isinstance(error, ServiceError) else None
+        for job in jobs:
+            self._end(job, told or InternalError("The picture could not be made; the server's log has the cause."))
+
+    def _look_at(self, model: ZImageModel, jobs: Sequence[PictureJob], error: Exception) -> None:
+        """Learns from an error, and finds out whether the device still answers. Raises what says that it does not."""
+        if isinstance(error, DEVICE_ERROR):
+            raise error
+        if isinstance(error, OutOfMemory):
+            model.footprint.distrust()
+            log.warning("the device ran out of memory", request_ids=[job.request.request_id for job in jobs])
+        elif not isinstance(error, ServiceError):
+            ids = [job.request.request_id for job in jobs]
+            log.error("a picture failed", request_ids=ids, steps=[job.step for job in jobs], exc_info=error)
+            model.check_device()
+
+    def _end(self, job: PictureJob, error: ServiceError) -> None:
+        self._running.remove(job)
+        job.fail(error)
+
+    def _tell_places(self) -> None:
+        for place, job in enumerate(in_line(self._waiting), start=1):
+            if job.place != place:
+                job.place = place
+                job.tell(Waits(place))
+
+
+def _denoisings(jobs: Sequence[PictureJob]) -> list[Denoising]:
+    return [job.denoising for job in jobs if job.denoising is not None]

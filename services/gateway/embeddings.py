@@ -1,0 +1,163 @@
+"""The cache of reference pictures' embeddings in Redis: within a size and a time, least recently used out first.
+
+It has keys and bounds of its own, apart from history's: filling it never drops a picture. Every gateway reads what any
+of them wrote. An entry is the vl service's answer as it came.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from typing import Any, Self
+
+import structlog
+from redis.exceptions import RedisError
+
+from services.gateway.connection import connect, told
+from shared.errors import UnknownName, UpstreamTimeout
+
+PREFIX = "{zimage}:vl:"  # the braces keep the keys together on a Redis cluster
+LOCK_S = 15.0  # after it an extraction whose gateway is gone may be begun anew
+RENEW_S = 5.0
+POLL_S = 0.05
+
+log = structlog.get_logger(__name__)
+
+# KEYS[1] is the prefix of every key. index: sorted set of ids, scored by their last use in microseconds; sizes: hash of
+# an entry's bytes; bytes: their sum; entry:<id>: the message.
+_COMMON = """
+local p = KEYS[1]
+local time = redis.call('TIME')
+local now = time[1] * 1000000 + time[2]
+local function drop(id)
+  local size = redis.call('HGET', p..'sizes', id)
+  redis.call('UNLINK', p..'entry:'..id)
+  redis.call('ZREM', p..'index', id)
+  redis.call('HDEL', p..'sizes', id)
+  if size then redis.call('DECRBY', p..'bytes', size) end
+end
+local function sweep(ttl_ms)
+  for _, id in ipairs(redis.call('ZRANGE', p..'index', '-inf', now - ttl_ms * 1000, 'BYSCORE')) do drop(id) end
+end
+"""
+_PUT = """
+local id, message, ttl_ms, most = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
+drop(id)
+sweep(ttl_ms)
+if #message > most then return 0 end
+while tonumber(redis.call('GET', p..'bytes') or 0) + #message > most do
+  drop(redis.call('ZRANGE', p..'index', 0, 0)[1])
+end
+redis.call('SET', p..'entry:'..id, message, 'PX', ttl_ms)
+redis.call('HSET', p..'sizes', id, #message)
+redis.call('INCRBY', p..'bytes', #message)
+redis.call('ZADD', p..'index', now, id)
+return 1
+"""
+_GET = """
+local id, ttl_ms = ARGV[1], tonumber(ARGV[2])
+local message = redis.call('GET', p..'entry:'..id)
+if not message then drop(id) return nil end
+redis.call('PEXPIRE', p..'entry:'..id, ttl_ms)
+redis.call('ZADD', p..'index', now, id)
+return message
+"""
+_LIST = """
+sweep(tonumber(ARGV[1]))
+local ids = {}
+for _, id in ipairs(redis.call('ZRANGE', p..'index', 0, -1, 'REV')) do
+  if redis.call('EXISTS', p..'entry:'..id) == 1 then table.insert(ids, id) else drop(id) end
+end
+return ids
+"""
+_DELETE = """
+local there = redis.call('EXISTS', p..'entry:'..ARGV[1])
+drop(ARGV[1])
+return there
+"""
+_CLEAR = """
+local count = 0
+for _, id in ipairs(redis.call('ZRANGE', p..'index', 0, -1)) do
+  count = count + redis.call('EXISTS', p..'entry:'..id)
+  drop(id)
+end
+return count
+"""
+
+
+class EmbeddingCache:
+    """Extracted embeddings by their ids."""
+
+    def __init__(self, url: str, *, max_bytes: int, ttl_s: float) -> None:
+        self._redis = connect(url)
+        self._max_bytes = max_bytes
+        self._ttl_ms = max(1, int(ttl_s * 1000))
+        self._put, self._get, self._list, self._delete, self._clear = (
+            self._redis.register_script(_COMMON + text) for text in (_PUT, _GET, _LIST, _DELETE, _CLEAR)
+        )
+
+    async def __aenter__(self) -> Self:
+        """Nothing to do: connections are opened when they are needed."""
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Closes every connection."""
+        await self._redis.aclose()
+
+    async def get(self, embeddings_id: str) -> bytes | None:
+        """The message, which counts as used now; None where there is none. Raises Unreachable."""
+        async with _told():
+            found: Any = await self._get(keys=[PREFIX], args=[embeddings_id, self._ttl_ms])
+        return None if found is None else bytes(found)
+
+    async def put(self, embeddings_id: str, message: bytes) -> None:
+        """Keeps the message, and drops what was not used for longest until there is room. Raises Unreachable."""
+        async with _told():
+            kept = await self._put(keys=[PREFIX], args=[embeddings_id, message, self._ttl_ms, self._max_bytes])
+        if not kept:
+            log.warning("embeddings are larger than the whole cache", id=embeddings_id, bytes=len(message))
+
+    async def ids(self) -> list[str]:
+        """The ids that are kept, those used last first. Raises Unreachable."""
+        async with _told():
+            return [item.decode() for item in await self._list(keys=[PREFIX], args=[self._ttl_ms])]
+
+    async def delete(self, embeddings_id: str) -> None:
+        """Raises UnknownName where there is none of that id, and Unreachable."""
+        async with _told():
+            there = await self._delete(keys=[PREFIX], args=[embeddings_id])
+        if not there:
+            raise UnknownName("There are no embeddings of that id; GET /api/vl/status lists those that are kept.")
+
+    async def clear(self) -> int:
+        """Removes all and answers how many there were. Raises Unreachable."""
+        async with _told():
+            return int(await self._clear(keys=[PREFIX], args=[]))
+
+    @asynccontextmanager
+    async def alone(self, embeddings_id: str, *, timeout_s: float) -> AsyncIterator[None]:
+        """Within it nobody else, through whichever gateway, is within it for the same id.
+
+        Raises UpstreamTimeout where another needs longer than `timeout_s` seconds, and Unreachable.
+        """
+        lock = self._redis.lock(f"{PREFIX}lock:{embeddings_id}", timeout=LOCK_S, sleep=POLL_S)
+        async with _told():
+            if not await lock.acquire(blocking_timeout=timeout_s):
+                raise UpstreamTimeout(f"The same picture was not extracted within {timeout_s:g} s.")
+
+        async def renew() -> None:
+            while True:
+                await asyncio.sleep(RENEW_S)
+                with suppress(RedisError, OSError):
+                    await lock.reacquire()
+
+        renewing = asyncio.create_task(renew(), name="extraction")
+        try:
+            yield
+        finally:
+            renewing.cancel()
+            with suppress(RedisError, OSError):  # it then ends by itself
+                await lock.release()
+
+
+def _told() -> AbstractAsyncContextManager[None]:
+    return told("The cache of embeddings cannot be reached.")

@@ -1,0 +1,249 @@
+"""Qwen3-VL: a picture and a text to hidden states, or to a text about it. Knows no queue and no HTTP.
+
+The weights come and go; tokenizer, processor and configuration stay.
+"""
+
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import structlog
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, DynamicCache, Qwen3VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from services.vl.fingerprint import fingerprint_of
+from services.vl.settings import PUBLISHED_TARGET_STD, VlSettings
+from services.vl.tokens import ENDS, Layout
+from shared.checkpoint import UnusableModel, checkpoint_dtype, read_json, require_weights, weight_bytes
+from shared.errors import InvalidField, NumericalError, OutOfMemory
+from shared.language.options import Sampling
+from shared.language.sampling import BROKEN, Sampler, draw
+from shared.language.text import TextStream
+from shared.tensors import dtype_of, is_out_of_memory, pick_device, require_memory
+
+MODEL_TYPE = "qwen3_vl"
+TARGET_STD = "zimage_target_std"  # the key under which a checkpoint's config.json carries its own
+MEMORY_ADVICE = "free some of it, or choose another device with --vl-device"
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """What a caller may want to know; `fingerprint` is equal where equal inputs give equal hidden states."""
+
+    name: str
+    path: str
+    width: int
+    layers: int
+    dtype: str
+    device: str
+    target_std: float
+    fingerprint: str
+    ends: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What the model reads: token ids; patches float32 [patches, numbers]; the grid [1, 3] of time, rows, columns."""
+
+    ids: Sequence[int]
+    patches: torch.Tensor
+    grid: torch.Tensor
+
+
+class VisionModel:
+    """A Qwen3-VL directory. What touches the weights belongs to the device's thread; `prepare` is safe in any."""
+
+    def __init__(self, folder: Path, processor: Any, layout: Layout, facts: ModelFacts, dtype: torch.dtype) -> None:
+        self.facts = facts
+        self._folder, self._processor, self._layout, self._dtype = folder, processor, layout, dtype
+        self._device = torch.device(facts.device)
+        self._weights: Any = None
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the weights are in memory."""
+        return self._weights is not None
+
+    def check_layer(self, layer: int) -> None:
+        """Raises InvalidField unless the model is deep enough for hidden states `layer`."""
+        if not -self.facts.layers <= layer <= -1:
+            raise InvalidField(
+                f"'hidden_layer' must be between -{self.facts.layers} and -1: the vision-language model has "
+                f"{self.facts.layers} layers."
+            )
+
+    def prepare(self, picture: Image.Image, text: str, system_prompt: str | None, *, max_tokens: int) -> Inputs:
+        """Cuts an RGB picture into patches, scaled into the processor's pixel budget, and lays the tokens out.
+
+        Raises InvalidField for more than `max_tokens` tokens.
+        """
+        read = self._processor(images=[picture], return_tensors="pt")
+        grid = read["image_grid_thw"]
+        count = int(grid.prod()) // self._processor.merge_size**2
+        ids = self._layout.ids(count, text, system_prompt)
+        if len(ids) > max_tokens:
+            raise InvalidField(f"The picture and its text have {len(ids)} tokens, the limit is {max_tokens}.")
+        return Inputs(ids, read["pixel_values"], grid)
+
+    def load(self) -> None:
+        """Brings the weights to the device, if they are not there. Raises OutOfMemory, UnusableModel."""
+        if self.loaded:
+            return
+        try:
+            require_memory(
+                self._device,
+                weight_bytes(self._folder, self._dtype.itemsize),
+                what=f"the vision-language model of {self._folder}",
+                advice=MEMORY_ADVICE,
+            )
+        except UnusableModel as error:  # memory that others hold now may be free later
+            log.warning("the vision-language model does not fit", reason=str(error))
+            raise OutOfMemory("There is too little free memory to load the vision-language model.") from None
+        weights = Qwen3VLForConditionalGeneration.from_pretrained(
+            self._folder, dtype=self._dtype, use_safetensors=True, local_files_only=True
+        )
+        self._weights = weights.to(self._device).eval().requires_grad_(requires_grad=False)
+        log.info("vision-language model loaded", device=self.facts.device, dtype=self.facts.dtype)
+
+    def unload(self) -> None:
+        """Frees the weights."""
+        if not self.loaded:
+            return
+        self._weights = None
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        log.info("vision-language model unloaded")
+
+    @torch.inference_mode()
+    def hidden_states(self, inputs: Inputs, layer: int, *, image_tokens_only: bool) -> torch.Tensor:
+        """Hidden states `layer`, a CPU tensor [tokens, width] in the model's dtype; bit for bit what transformers'
+        own forward gives for one picture. Loads the weights. Raises OutOfMemory."""
+        self.load()
+        given = self._given(inputs)
+        try:
+            output = self._weights.model(**given, output_hidden_states=True, use_cache=False)
+        except RuntimeError as error:
+            raise self._told(error) from None
+        states: torch.Tensor = output.hidden_states[layer][0]
+        if image_tokens_only:
+            states = states[given["mm_token_type_ids"][0].bool()]
+        return states.cpu().contiguous()
+
+    @torch.inference_mode()
+    def write(self, inputs: Inputs, sampling: Sampling) -> Iterator[int]:
+        """The tokens of a text about the picture, without an end. Loads the weights.
+
+        Raises OutOfMemory, and NumericalError where the scores are not numbers.
+        """
+        self.load()
+        weights, sampler = self._weights, Sampler(sampling)
+        cache = DynamicCache(config=weights.config.text_config)
+        given, deltas = self._given(inputs), None
+        while True:
+            weights.model.rope_deltas = deltas  # transformers keeps them on the model: extractions come in between
+            try:
+                output = weights.model(**given, past_key_values=cache, use_cache=True)
+                token = draw(weights.lm_head(output.last_hidden_state[:, -1]), [sampler])[0]
+            except RuntimeError as error:
+                raise self._told(error) from None
+            if token == BROKEN:
+                raise NumericalError("The vision-language model's scores are not numbers.")
+            deltas = weights.model.rope_deltas
+            given = {"input_ids": torch.tensor([[token]], device=self._device)}
+            yield token
+
+    def text_stream(self) -> TextStream:
+        """Turns the tokens of one text into characters."""
+        return TextStream(self._layout.tokenizer)
+
+    def _given(self, inputs: Inputs) -> dict[str, torch.Tensor]:
+        ids = torch.tensor([inputs.ids], device=self._device)
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "mm_token_type_ids": (ids == self._layout.image).int(),
+            "pixel_values": inputs.patches.to(self._device),
+            "image_grid_thw": inputs.grid.to(self._device),
+        }
+
+    def _told(self, error: RuntimeError) -> Exception:
+        if not is_out_of_memory(error):
+            return error
+        return OutOfMemory("The device has too little free memory for this picture.", retry_after_s=10)
+
+
+def load_vision_model(settings: VlSettings) -> VisionModel:
+    """Reads everything of the directory but the weights, whose headers are checked. Raises UnusableModel."""
+    folder = _folder(settings)
+    config = read_json(folder / "config.json")
+    if config.get("model_type") != MODEL_TYPE:
+        raise UnusableModel(f"{folder} is not a Qwen3-VL model, but of the type {config.get('model_type')!r}")
+    require_weights(folder)
+    device, dtype = pick_device(settings.vl_device), dtype_of(settings.vl_dtype, checkpoint_dtype(folder))
+    processor, tokenizer = _processor(folder, settings.vl_max_pixels), _tokenizer(folder)
+    target_std = settings.given_target_std or float(config.get(TARGET_STD, PUBLISHED_TARGET_STD))
+    name = str(dtype).removeprefix("torch.")
+    try:
+        text = config["text_config"]
+        width, layers, image = text["hidden_size"], text["num_hidden_layers"], config["image_token_id"]
+    except (KeyError, TypeError):
+        raise UnusableModel(f"{folder / 'config.json'} lacks what a Qwen3-VL model needs") from None
+    facts = ModelFacts(
+        name=folder.resolve().name,
+        path=str(folder),
+        width=width,
+        layers=layers,
+        dtype=name,
+        device=str(device),
+        target_std=target_std,
+        fingerprint=fingerprint_of(folder, f"{name} {target_std!r} {dict(processor.size)}"),
+        ends=_ends(config, tokenizer),
+    )
+    log.info("vision-language model found", model_path=str(folder), **_logged(facts))
+    return VisionModel(folder, processor, Layout(tokenizer.backend_tokenizer, image), facts, dtype)
+
+
+def _folder(settings: VlSettings) -> Path:
+    folder = settings.vl_model_path
+    if folder is None:
+        raise UnusableModel("no vision-language model is given: name its directory with --vl-model-path")
+    if not folder.is_dir():
+        raise UnusableModel(f"the model directory {folder} does not exist")
+    return folder
+
+
+def _processor(folder: Path, max_pixels: int) -> Any:
+    """The picture processor of the directory, with a pixel budget of at most `max_pixels`."""
+    read_json(folder / "preprocessor_config.json")
+    try:
+        processor = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
+        budget = {name: processor.size[name] for name in ("shortest_edge", "longest_edge")}
+    except (OSError, ValueError, TypeError, KeyError):
+        raise UnusableModel(f"{folder / 'preprocessor_config.json'} is not that of a Qwen3-VL model") from None
+    longest = min(budget["longest_edge"], max_pixels)
+    processor.size = {"shortest_edge": min(budget["shortest_edge"], longest), "longest_edge": longest}
+    return processor
+
+
+def _tokenizer(folder: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError):
+        raise UnusableModel(f"{folder} holds no tokenizer that can be read") from None
+
+
+def _ends(config: Mapping[str, Any], tokenizer: Any) -> frozenset[int]:
+    known = tokenizer.get_added_vocab()
+    named = (tokenizer.eos_token_id, config.get("eos_token_id"), *map(known.get, ENDS))
+    return frozenset(token for token in named if isinstance(token, int))
+
+
+def _logged(facts: ModelFacts) -> dict[str, Any]:
+    return {"device": facts.device, "dtype": facts.dtype, "layers": facts.layers, "fingerprint": facts.fingerprint}

@@ -1,0 +1,195 @@
+"""Vision conditioning through a whole server: the acceptance checks, the specification's examples, restarts."""
+
+import base64
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from pictures import encoded, pixels
+from servers import Running, free_port, picture, png_size, run, serve, shared_file, zimage
+
+pytestmark = pytest.mark.slow
+IMAGE = base64.b64encode(encoded()).decode()
+
+
+@pytest.fixture(scope="module")
+def seeing(
+    tiny_checkpoint: Path, tiny_vision_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Running]:
+    with serve(
+        tiny_checkpoint, tmp_path_factory.mktemp("seeing"), "--vl-model-path", str(tiny_vision_checkpoint)
+    ) as started:
+        yield started
+
+
+@pytest.fixture
+def eyes(seeing: Running) -> Iterator[httpx2.Client]:
+    with seeing.client() as client:
+        yield client
+
+
+def extracted(client: httpx2.Client, **fields: Any) -> dict[str, Any]:
+    answer = client.post("/api/vl/extract", json={"image": IMAGE, **fields})
+    assert answer.status_code == 200, answer.text
+    return dict(answer.json())
+
+
+def drawn(client: httpx2.Client, **fields: Any) -> httpx2.Response:
+    answer = client.post("/api/vl/generate", json=picture(**fields))
+    assert answer.status_code == 200, answer.text
+    return answer
+
+
+def test_conformance(seeing: Running, tmp_path: Path) -> None:
+    script = shared_file("acceptance/conformance.py")
+    command = [sys.executable, str(script), seeing.url, "--size", "64", "--only", "vl."]
+    ended = run(command, tmp_path, timeout_s=200)
+    assert re.search(r"^6 passed, 0 failed, 0 skipped$", ended.stdout, re.MULTILINE), ended.stdout + ended.stderr
+
+
+def test_the_specification_s_examples(eyes: httpx2.Client) -> None:
+    """Both workflows, with smaller pictures."""
+    embeddings_id = extracted(eyes, hidden_layer=-2)["embeddings_id"]
+    small = {"width": 64, "height": 64, "steps": 2}
+    for seed in (42, 123, 456):
+        body = {"vl_embeddings_id": embeddings_id, "vl_alpha": 0.3, "vl_blend_mode": "style_only", "seed": seed}
+        answer = eyes.post("/api/vl/generate", json={"prompt": "A cat sleeping in sunlight", **body, **small})
+        assert png_size(answer.content) == (64, 64)
+        assert (answer.headers["x-seed"], answer.headers["x-vl-alpha"]) == (str(seed), "0.3")
+    assert eyes.delete(f"/api/vl/cache/{embeddings_id}").json() == {"deleted": embeddings_id}
+    body = {"prompt": "A cat sleeping in sunlight", "vl_image": IMAGE, "vl_alpha": 0.3, **small}
+    assert eyes.post("/api/vl/generate", json=body).headers["x-vl-blend-mode"] == "linear"
+
+
+def test_a_form_is_the_same_as_json(eyes: httpx2.Client) -> None:
+    wanted = {"hidden_layer": -3, "image_tokens_only": True, "scale_to_text": False, "text": "a cat"}
+    as_json = extracted(eyes, **wanted)
+    fields = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in wanted.items()}
+    as_form = eyes.post("/api/vl/extract", files={"image": ("x.png", encoded())}, data=fields)
+    assert as_form.status_code == 200, as_form.text
+    assert {**as_form.json(), "extract_time": 0} == {**as_json, "extract_time": 0}
+    data_url = extracted(eyes, **wanted, image=f"data:image/png;base64,{IMAGE}")
+    assert data_url["embeddings_id"] == as_json["embeddings_id"]
+    for files, data in (
+        ({}, {"text": "x"}),
+        ({"image": ("x", b"GIF89a")}, {}),
+        ({"image": ("x", encoded())}, {"a": "b"}),
+    ):
+        answer = eyes.post("/api/vl/extract", files=files or {"other": b"x"}, data=data)
+        assert answer.status_code == 422, answer.text
+
+
+def test_the_picture_can_be_made_again_from_history(eyes: httpx2.Client) -> None:
+    answer = drawn(eyes, vl_image=IMAGE, vl_alpha=0.4, vl_blend_mode="graduated", vl_outlier_masking="clamp")
+    entry = eyes.get("/api/history?images=none").json()["history"][-1]
+    assert (entry["vl_alpha"], entry["vl_blend_mode"], entry["vl_outlier_masking"]) == (0.4, "graduated", "clamp")
+    assert entry["vl_embeddings_id"].startswith("vl_")
+    assert "vl_image" not in entry
+    names = [name for name, value in entry.items() if name.startswith("vl_") and value is not None]
+    again = drawn(eyes, **{name: entry[name] for name in (*names, "seed", "width", "height", "steps")})
+    assert again.content == answer.content
+    assert IMAGE.encode() not in answer.content
+
+
+def test_several_references(eyes: httpx2.Client) -> None:
+    other = base64.b64encode(encoded(pixels(80, 80, seed=4))).decode()
+    embeddings_id = extracted(eyes)["embeddings_id"]
+    both = [{"embeddings_id": embeddings_id, "alpha": 0.3}, {"image": other, "alpha": 0.2}]
+    answer = drawn(eyes, vl_references=both)
+    assert answer.headers["x-vl-alpha"] == "0.5"
+    alone = drawn(eyes, vl_references=both[:1])
+    assert alone.content != answer.content
+    one = drawn(eyes, vl_embeddings_id=embeddings_id, vl_alpha=0.3)
+    header_and_pixels = [reply.content[reply.content.index(b"IDAT") :] for reply in (alone, one)]
+    assert header_and_pixels[0] == header_and_pixels[1]
+    kept = eyes.get("/api/history?images=none").json()["history"][-2]["vl_references"]
+    assert [reference["alpha"] for reference in kept] == [0.3]
+
+
+@pytest.mark.parametrize(
+    ("fields", "status"),
+    [
+        ({}, 422),
+        ({"vl_embeddings_id": "vl_0_0_L-2"}, 404),
+        ({"vl_embeddings_id": "../../etc/passwd"}, 404),
+        ({"vl_image": "http://127.0.0.1/x.png"}, 422),
+        ({"vl_image": IMAGE, "vl_alpha": 1.5}, 422),
+        ({"vl_image": IMAGE, "vl_hidden_layer": -7}, 422),
+        ({"vl_image": IMAGE, "vl_blend_mode": "nope"}, 422),
+        ({"vl_image": IMAGE, "vl_outlier_masking": "nope"}, 422),
+        ({"vl_image": IMAGE, "vl_style_share": 0}, 422),
+        ({"vl_references": []}, 422),
+        ({"vl_references": [{"alpha": 0.5}]}, 422),
+        ({"vl_references": [{"image": IMAGE, "embeddings_id": "x", "alpha": 0.5}]}, 422),
+        ({"vl_references": [{"image": IMAGE, "alpha": 0.6}] * 2}, 422),
+        ({"vl_references": [{"image": IMAGE, "alpha": 0.1}] * 5}, 422),
+        ({"vl_references": [{"image": IMAGE, "alpha": 0.5}], "vl_image": IMAGE}, 422),
+        ({"vl_image": "A" * 40_000_000}, 413),
+    ],
+)
+def test_what_is_refused(eyes: httpx2.Client, fields: dict[str, Any], status: int) -> None:
+    answer = eyes.post("/api/vl/generate", json=picture(**fields))
+    assert (answer.status_code, answer.headers["content-type"]) == (status, "application/problem+json")
+    assert answer.json()["detail"]
+
+
+def test_a_picture_is_described(eyes: httpx2.Client) -> None:
+    body = {"prompt": "Describe the picture.", "image": IMAGE, "max_tokens": 8, "temperature": 0}
+    answer = eyes.post("/api/rewrite", json=body)
+    assert answer.status_code == 200, answer.text
+    assert (answer.json()["original_prompt"], answer.json()["backend"]) == (body["prompt"], "local")
+    templated = eyes.post("/api/rewrite", json={**body, "rewriter": "rewriter_general"})
+    assert templated.json()["rewriter"] == "rewriter_general"
+    assert eyes.post("/api/rewrite", json={**body, "image": "x"}).status_code == 422
+    assert eyes.post("/api/rewrite", json={**body, "rewriter": "nope"}).status_code == 404
+
+
+def test_large_bodies_are_for_pictures_only(eyes: httpx2.Client) -> None:
+    body = {"prompt": "x", "negative_prompt": "y" * 3_000_000}
+    assert eyes.post("/api/generate", json=body).status_code == 413
+    assert eyes.post("/api/vl/generate", json=body).status_code == 422
+
+
+def test_without_a_model_the_status_says_so(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with serve(tiny_checkpoint, tmp_path / "data") as started, started.client() as client:
+        status = client.get("/api/vl/status").json()
+        assert (status["configured"], status["available"], status["cached_embeddings"]) == (False, False, [])
+        assert client.get("/api/vl/config").json()["alpha"] == 0.3
+        answers = [
+            client.post("/api/vl/extract", json={"image": IMAGE}),
+            client.post("/api/vl/generate", json=picture(vl_image=IMAGE)),
+            client.delete("/api/vl/cache"),
+            client.delete("/api/vl/cache/vl_0_0_L-2"),
+            client.post("/api/rewrite", json={"prompt": "What is it?", "image": IMAGE}),
+        ]
+        assert {answer.status_code for answer in answers} == {503}
+        assert len({answer.json()["detail"] for answer in answers}) == 1
+
+
+def test_ids_outlive_a_restart_of_everything(
+    tiny_checkpoint: Path, tiny_vision_checkpoint: Path, tmp_path: Path
+) -> None:
+    flags = ("--vl-model-path", str(tiny_vision_checkpoint))
+    with serve(tiny_checkpoint, tmp_path, *flags) as started, started.client() as client:
+        before = extracted(client)
+        first = drawn(client, vl_embeddings_id=before["embeddings_id"], vl_alpha=0.5)
+    with serve(tiny_checkpoint, tmp_path, *flags) as started, started.client() as client:
+        assert client.get("/api/vl/status").json()["cached_embeddings"] == [before["embeddings_id"]]
+        again = drawn(client, vl_embeddings_id=before["embeddings_id"], vl_alpha=0.5)
+        assert again.content == first.content
+        assert extracted(client)["embeddings_id"] == before["embeddings_id"]
+        client.delete("/api/vl/cache")
+        assert extracted(client)["embeddings_id"] == before["embeddings_id"]
+
+
+def test_a_path_that_holds_no_model_ends_the_start(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    ended = run(
+        zimage("serve", "--model-path", tiny_checkpoint, "--port", str(free_port()), "--vl-model-path", str(tmp_path)),
+        tmp_path,
+    )
+    assert ended.status != 0
+    assert "--vl-model-path" in ended.stderr

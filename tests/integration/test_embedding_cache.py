@@ -1,0 +1,122 @@
+"""The cache of embeddings in a real Redis: bounds, ids, and what it leaves to history."""
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+from embedded_redis import EmbeddedRedis, embedded_redis
+
+from services.gateway.embeddings import EmbeddingCache
+from services.gateway.store import Bounds, History
+from shared.errors import UnknownName, Unreachable, UpstreamTimeout
+
+pytestmark = pytest.mark.slow
+KIB = 1 << 10
+
+
+@pytest.fixture(scope="module")
+def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
+    with embedded_redis(tmp_path_factory.mktemp("redis") / uuid.uuid4().hex[:4]) as running:
+        yield running
+
+
+def cache_of(redis: EmbeddedRedis, *, max_bytes: int = 10 * KIB, ttl_s: float = 60.0) -> EmbeddingCache:
+    return EmbeddingCache(redis.url, max_bytes=max_bytes, ttl_s=ttl_s)
+
+
+@pytest.fixture
+async def cache(redis: EmbeddedRedis) -> AsyncIterator[EmbeddingCache]:
+    async with cache_of(redis) as cache:
+        await cache.clear()
+        yield cache
+
+
+async def test_what_was_put_is_there_for_every_gateway(cache: EmbeddingCache, redis: EmbeddedRedis) -> None:
+    assert await cache.get("a") is None
+    await cache.put("a", b"\0\xff" * 10)
+    async with cache_of(redis) as other:
+        assert await other.get("a") == b"\0\xff" * 10
+        assert await other.ids() == ["a"]
+        await other.delete("a")
+    assert await cache.get("a") is None
+    with pytest.raises(UnknownName):
+        await cache.delete("a")
+
+
+async def test_what_was_not_used_for_longest_goes_first(cache: EmbeddingCache) -> None:
+    for name in "abcd":
+        await cache.put(name, name.encode() * 2 * KIB)
+    assert await cache.get("a") is not None
+    await cache.put("e", b"e" * 4 * KIB)
+    assert await cache.ids() == ["e", "a", "d", "c"]
+    await cache.put("c", b"c" * KIB)  # in its own place, and smaller
+    assert await cache.ids() == ["c", "e", "a", "d"]
+    await cache.put("f", b"f" * 10 * KIB)
+    assert await cache.ids() == ["f"]
+    await cache.put("g", b"g" * 11 * KIB)
+    assert await cache.ids() == ["f"]
+    assert await cache.clear() == 1
+    assert await cache.clear() == 0
+
+
+async def test_what_was_not_used_for_long_goes(redis: EmbeddedRedis) -> None:
+    async with cache_of(redis, ttl_s=0.3) as cache:
+        await cache.clear()
+        await cache.put("a", b"a" * KIB)
+        await asyncio.sleep(0.5)
+        assert await cache.get("a") is None
+        await cache.put("b", b"b" * KIB)
+        await asyncio.sleep(0.5)
+        assert await cache.ids() == []
+
+
+async def test_the_size_is_right_after_everything(cache: EmbeddingCache, redis: EmbeddedRedis) -> None:
+    for index in range(60):
+        await cache.put(f"x{index % 7}", bytes(index * 37 % 5000))
+    kept = {name: len(await cache.get(name) or b"") for name in await cache.ids()}
+    assert int(await cache._redis.get("{zimage}:vl:bytes") or 0) == sum(kept.values()) <= 10 * KIB
+    await cache.clear()
+    assert int(await cache._redis.get("{zimage}:vl:bytes") or 0) == 0
+
+
+async def test_history_is_not_touched(cache: EmbeddingCache, redis: EmbeddedRedis) -> None:
+    async with History(redis.url, Bounds(3, 1 << 20)) as history:
+        await history.add({"prompt": "x"}, b"png", b"jpeg")
+        for index in range(50):
+            await cache.put(str(index), bytes(5 * KIB))
+        await cache.clear()
+        assert await history.count() == 1
+        await history.clear()
+
+
+async def test_it_outlives_redis(cache: EmbeddingCache, redis: EmbeddedRedis) -> None:
+    await cache.put("a", b"kept")
+    with redis.gone():
+        with pytest.raises(Unreachable):
+            await cache.get("a")
+        with pytest.raises(Unreachable):
+            await cache.put("b", b"x")
+    assert await cache.get("a") == b"kept"
+
+
+async def test_one_at_a_time(cache: EmbeddingCache, redis: EmbeddedRedis) -> None:
+    inside = most = 0
+
+    async def work(cache: EmbeddingCache) -> None:
+        nonlocal inside, most
+        async with cache.alone("a", timeout_s=20):
+            inside += 1
+            most = max(most, inside)
+            await asyncio.sleep(0.01)
+            inside -= 1
+
+    async with cache_of(redis) as other:
+        await asyncio.gather(*(work(one) for one in (cache, other, cache, other)))
+        assert most == 1
+        async with cache.alone("a", timeout_s=1):
+            with pytest.raises(UpstreamTimeout):
+                async with other.alone("a", timeout_s=0.2):
+                    pass
+            async with other.alone("b", timeout_s=0.2):
+                pass

@@ -1,0 +1,197 @@
+"""Faults inside the engine: what breaks takes nobody with it, unless the device itself is lost."""
+
+import asyncio
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import structlog
+import torch
+from engines import ONE_BY_ONE, draw, drawn_by, hold, pixels_of, queue, request, running
+from fakes import WatchedModel, embeddings
+from inprocess import eventually
+
+from services.diffusion.engine import DiffusionEngine
+from services.diffusion.model import Denoising, ZImageModel
+from shared.device_thread import EXIT_DEVICE_FAILED
+from shared.errors import DeviceFailed, InternalError, InvalidField, NotBegun, NumericalError, OutOfMemory, Unready
+from shared.tensors import is_out_of_memory
+
+FULL = OutOfMemory("The device has too little free memory for this picture.", retry_after_s=10)
+
+
+@pytest.fixture
+def model(zimage_model: ZImageModel) -> WatchedModel:
+    return WatchedModel(zimage_model)
+
+
+@pytest.fixture(autouse=True)
+def log() -> Iterator[list[Any]]:
+    with structlog.testing.capture_logs() as entries:
+        yield entries
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"), [(RuntimeError("a library's own text"), InternalError), (FULL, OutOfMemory)]
+)
+@pytest.mark.parametrize("stage", ["break_next", "break_decode"])
+async def test_a_picture_that_breaks_fails_alone(
+    model: WatchedModel, error: Exception, raised: type[Exception], stage: str
+) -> None:
+    async with running(model) as engine:
+        getattr(model, stage).append(error)
+        with pytest.raises(raised) as failed:
+            await draw(engine, request())
+        assert "library" not in str(failed.value)
+        picture = await draw(engine, request())
+        assert engine.device.unready_reason() is None
+        await eventually(lambda: engine.pictures.running == [])
+    assert np.array_equal(pixels_of(picture), drawn_by(model.inner))
+
+
+@pytest.mark.parametrize("error", [FULL, RuntimeError("a library's own text")])
+async def test_of_a_group_only_the_one_at_fault_fails(model: WatchedModel, error: Exception) -> None:
+    def break_group(group: Sequence[Denoising]) -> Exception | None:
+        return error if any(one.parameters.seed == 102 and one.step == 2 for one in group) else None
+
+    async with running(model) as engine:
+        engine.pictures.max_waiting = 10
+        first = await hold(engine, model, seed=1)
+        tasks = await queue(engine, 5)
+        model.break_group = break_group
+        model.gate.set()
+        ends = await asyncio.gather(first, *tasks, return_exceptions=True)
+    assert [isinstance(end, Exception) for end in ends] == [False, False, False, True, False, False]
+    assert isinstance(ends[3], OutOfMemory if error is FULL else InternalError)
+    for seed, picture in ((1, ends[0]), (100, ends[1]), (104, ends[5])):
+        difference = pixels_of(picture).astype(int) - drawn_by(model.inner, seed=seed).astype(int)
+        assert np.abs(difference).max() <= 1
+
+
+async def test_a_group_that_is_too_large_goes_on_in_halves(model: WatchedModel) -> None:
+    async with running(model) as engine:
+        engine.pictures.max_waiting = 10
+        first = await hold(engine, model, seed=1, steps=3)
+        tasks = await queue(engine, 3, steps=3)
+        model.break_group = lambda group: FULL if len(group) > 2 else None
+        before = model.footprint.step(1000)
+        model.gate.set()
+        await asyncio.gather(first, *tasks)
+        assert model.footprint.step(1000) > before, "what did not fit is expected to take more from now on"
+
+
+async def test_pictures_too_large_to_be_decoded_at_once_are_decoded_one_by_one(model: WatchedModel) -> None:
+    async with running(model) as engine:
+        first = await hold(engine, model, seed=1, steps=2)
+        tasks = await queue(engine, 1, steps=1)
+        model.break_decode.append(FULL)
+        model.gate.set()
+        pictures = await asyncio.gather(first, *tasks)
+    assert model.decoded == [(1, 100), (1,), (100,)]
+    assert np.array_equal(pixels_of(pictures[1]), drawn_by(model.inner, seed=100, steps=1))
+
+
+async def test_numbers_that_overflow_name_the_step(model: WatchedModel) -> None:
+    def overflow(group: Sequence[Denoising]) -> None:
+        for one in group:
+            if one.parameters.seed == 100 and one.step == 2:
+                one.latents = torch.full_like(one.latents, float("nan"))
+
+    async with running(model) as engine:
+        first = await hold(engine, model, seed=1)
+        (broken,) = await queue(engine, 1, steps=9)
+        model.break_group = overflow
+        model.gate.set()
+        with pytest.raises(NumericalError, match="overflowed at step 3 of 9; try another seed or float32 weights"):
+            await broken
+        picture = await first
+    difference = pixels_of(picture).astype(int) - drawn_by(model.inner, seed=1).astype(int)
+    assert np.abs(difference).max() <= 1
+
+
+async def test_embeddings_that_are_not_finite_fail_alone(zimage_model: ZImageModel) -> None:
+    async with running(zimage_model) as engine:
+        with pytest.raises(InvalidField, match="'text' hold values"):
+            await draw(engine, request({"text": torch.full((3, 64), float("nan"))}))
+        broken = {"text": embeddings(20), "negative": torch.full((3, 64), float("inf"))}
+        with pytest.raises(InvalidField, match="'negative' hold values"):
+            await draw(engine, request(broken, guidance_scale=2.0))
+        await draw(engine, request(broken))  # without guidance nobody looks at them
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+async def test_a_device_that_is_lost_ends_the_process(model: WatchedModel, log: list[Any], *, at_once: bool) -> None:
+    """After a CUDA assert every later call fails: all are told at once, and the process exits to be started again."""
+    statuses: list[int] = []
+    engine = DiffusionEngine(lambda: model, ONE_BY_ONE, max_waiting=3, png_compression=1, on_failure=statuses.append)
+    engine.device.start()
+    await eventually(lambda: engine.device.unready_reason() is None)
+    lost = torch.AcceleratorError("CUDA error: device-side assert triggered")
+    if at_once:
+        model.break_next.append(lost)
+    else:  # a library's error, after which the device does not answer
+        model.break_next.append(RuntimeError("CUBLAS_STATUS_EXECUTION_FAILED"))
+        model.break_device.append(lost)
+    runs = await hold(engine, model)
+    waits = await queue(engine, 2)
+    model.gate.set()
+    with pytest.raises(DeviceFailed, match="starts anew") as failed:
+        await runs
+    assert failed.value.retry_after_s
+    assert "CUDA" not in str(failed.value)
+    for task in waits:
+        with pytest.raises(NotBegun, match="before it had begun"):
+            await task
+    try:
+        await eventually(lambda: statuses)
+        assert statuses == [EXIT_DEVICE_FAILED]
+        assert engine.device.unready_reason() == "the device failed"
+        with pytest.raises(Unready):
+            await draw(engine, request())
+        assert engine.pictures.running == engine.pictures.waiting == []
+    finally:
+        await engine.stop()
+
+
+class Hungry:
+    """A part that holds memory for a while and then finds the device full, as a large forward does."""
+
+    def __init__(self, part: Any) -> None:
+        self.part = part
+        self.held: list[Any] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.part, name)
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        activations = torch.zeros(1000)
+        self.held.append(weakref.ref(activations))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.fixture
+def hungry(zimage_model: ZImageModel) -> Hungry:
+    return Hungry(zimage_model.parts.transformer)
+
+
+@pytest.fixture
+def hungry_model(zimage_model: ZImageModel, hungry: Hungry) -> ZImageModel:
+    return ZImageModel(replace(zimage_model.parts, transformer=hungry), replace(zimage_model.footprint))
+
+
+async def test_memory_is_free_again_when_the_error_is_told(hungry: Hungry, hungry_model: ZImageModel) -> None:
+    async with running(hungry_model) as engine:
+        with pytest.raises(OutOfMemory) as failed:
+            await draw(engine, request())
+        assert [one() for one in hungry.held] == [None], "the error must not hold on to the forward's tensors"
+        assert failed.value.__context__ is None
+
+
+def test_allocations_that_fail_on_the_cpu_are_out_of_memory() -> None:
+    with pytest.raises(RuntimeError) as failed:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert is_out_of_memory(failed.value)
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))

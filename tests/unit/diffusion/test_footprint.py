@@ -1,0 +1,161 @@
+"""How much memory pictures take: the formula against what is measured, what is kept of it, and what follows from it."""
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fakes import embeddings, parameters
+
+from services.diffusion import calibration
+from services.diffusion.calibration import key_of, measure, peak_bytes, read_measured, write_measured
+from services.diffusion.footprint import MARGIN, Footprint, Measured
+from services.diffusion.loading import load_zimage
+from services.diffusion.model import ZImageModel
+from services.diffusion.settings import DiffusionSettings
+from services.diffusion.shapes import Shape, padded
+
+PLAIN = Footprint(width=256, text_width=128, item_bytes=2, vae_width=64, vae_item_bytes=2, tiling_pixels=10**9)
+SMALL = Shape(height=64, width=64, text_tokens=32)
+
+
+def settings(checkpoint: Path, data_dir: Path, **fields: Any) -> DiffusionSettings:
+    return DiffusionSettings(model_path=checkpoint, data_dir=data_dir, dit_device="cpu", vae_device="cpu", **fields)
+
+
+class TestMeasured:
+    """What steps and decodings really take, counted by torch."""
+
+    def test_the_profiler_counts_what_is_held_at_once(self) -> None:
+        def work() -> None:
+            first = torch.zeros(1000)
+            second = first + 1
+            del first
+            _ = second * 2
+
+        assert 8_000 <= peak_bytes("cpu", work) <= 8_000 + 1_000
+
+    @pytest.mark.filterwarnings("ignore")
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize("fields", [{}, {"width": 256, "height": 192}, {"guidance_scale": 2.0}])
+    @pytest.mark.parametrize("pictures", [1, 3])
+    def test_the_formula_is_never_too_low(
+        self, request: pytest.FixtureRequest, dtype: str, fields: dict[str, Any], pictures: int, tmp_path: Path
+    ) -> None:
+        name = "tiny_checkpoint" if dtype == "float32" else "tiny_checkpoint_bf16"
+        model = load_zimage(settings(request.getfixturevalue(name), tmp_path))
+        negative = embeddings(40) if fields.get("guidance_scale") else None
+        group = [model.start(parameters(seed=seed, **fields), embeddings(20), negative) for seed in range(pictures)]
+        shape = group[0].shape
+        step = peak_bytes("cpu", partial(model.step, group))
+        assert (
+            0.3 * model.footprint.step(pictures * shape.tokens) < step <= model.footprint.step(pictures * shape.tokens)
+        )
+        decode = peak_bytes("cpu", partial(model.decode, group))
+        assert 0.3 * model.footprint.decode(pictures * shape.pixels) < decode
+        assert decode <= model.footprint.decode(pictures * shape.pixels)
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_in_tiles_a_large_picture_takes_less(self, tiny_checkpoint: Path, tmp_path: Path) -> None:
+        whole = load_zimage(settings(tiny_checkpoint, tmp_path))
+        tiled = load_zimage(settings(tiny_checkpoint, tmp_path, vae_tiling_pixels=0))
+        taken = []
+        for model in (whole, tiled):
+            picture = model.start(parameters(width=1024, height=768, steps=1), embeddings(20), None)
+            taken.append(peak_bytes("cpu", partial(model.decode, [picture])))
+            assert taken[-1] <= model.footprint.decode(1024 * 768)
+        assert taken[1] < 0.6 * taken[0]
+
+
+class TestCalibration:
+    """What `zimage doctor --calibrate` measures and the service reads."""
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_it_is_measured_kept_and_used(self, tiny_checkpoint: Path, tmp_path: Path) -> None:
+        wanted = settings(tiny_checkpoint, tmp_path, max_pixels=256 * 256)
+        model = load_zimage(wanted)
+        assert model.footprint.measured == Measured()
+        measured = measure(model, wanted, ("64x64", "128x128", "256x256", "512x512"))
+        assert sorted(measured.decode) == [64 * 64, 128 * 128, 256 * 256]
+        path = write_measured(wanted, measured)
+        assert path == tmp_path / "calibration.json"
+        assert read_measured(wanted) == measured
+        again = load_zimage(wanted)
+        assert again.footprint.measured == measured
+        size = 128 * 128
+        assert again.footprint.decode(size) == int(MARGIN * measured.decode[size])
+        assert again.footprint.decode(size) < model.footprint.decode(size)
+
+    def test_with_other_options_it_does_not_count(self, tiny_checkpoint: Path, tmp_path: Path) -> None:
+        wanted = settings(tiny_checkpoint, tmp_path)
+        write_measured(wanted, Measured({100: 1}, {200: 2}))
+        other = settings(tiny_checkpoint, tmp_path, diffusion_dtype="bfloat16")
+        assert key_of(other) != key_of(wanted)
+        assert read_measured(other) == Measured()
+        write_measured(other, Measured({1: 1}, {1: 1}))
+        assert read_measured(wanted) == Measured({100: 1}, {200: 2})
+
+    @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 9, "entries": {}}', '{"format": 1, "entries": []}'])
+    def test_a_file_that_makes_no_sense_does_not_count(self, tiny_checkpoint: Path, tmp_path: Path, text: str) -> None:
+        (tmp_path / calibration.FILE).write_text(text)
+        wanted = settings(tiny_checkpoint, tmp_path)
+        assert read_measured(wanted) == Measured()
+        entries = {"format": 1, "entries": {key_of(wanted): {"step": {"x": 1}, "decode": 7}}}
+        (tmp_path / calibration.FILE).write_text(json.dumps(entries))
+        assert read_measured(wanted) == Measured()
+
+
+class TestEstimates:
+    """From what was measured to sizes that were not."""
+
+    MEASURED = replace(PLAIN, measured=Measured({100: 1_000, 1_000: 20_000}, {1_000: 5_000}))
+
+    @pytest.mark.parametrize(
+        ("tokens", "expected"),
+        [(100, 1_000), (1_000, 20_000), (500, 10_000), (110, 2_200), (50, 500), (2_000, 40_000), (102, 2_040)],
+    )
+    def test_between_and_beyond(self, tokens: int, expected: int) -> None:
+        assert self.MEASURED.step(tokens) == pytest.approx(MARGIN * expected, abs=1)
+
+    def test_more_never_takes_less(self) -> None:
+        taken = [self.MEASURED.step(tokens) for tokens in range(1, 3_000, 7)]
+        assert taken == sorted(taken)
+
+    def test_after_an_error_more_is_expected(self) -> None:
+        footprint = replace(PLAIN)
+        for _ in range(20):
+            footprint.distrust()
+        assert PLAIN.step(1_000) < footprint.step(1_000) <= 4 * PLAIN.step(1_000)
+
+    def test_pictures_together(self) -> None:
+        large = Shape(height=128, width=128, text_tokens=32)
+        alone, twice = PLAIN.together([SMALL]), PLAIN.together([SMALL, SMALL])
+        assert alone < twice < 2 * alone + PLAIN.held(SMALL)
+        assert PLAIN.together([large, SMALL]) == PLAIN.together([large]) + PLAIN.held(SMALL)
+        assert PLAIN.together([]) == 0
+
+    def test_the_largest_picture_that_fits(self) -> None:
+        large = Shape(height=2048, width=2048, text_tokens=96)
+        room = PLAIN.together([Shape(height=512, width=512, text_tokens=96)])
+        most = PLAIN.most_pixels(large, room)
+        assert 0.7 * 512 * 512 < most < 1.3 * 512 * 512
+        assert PLAIN.most_pixels(large, 0) == 0
+
+
+class TestShapes:
+    """What lets pictures share a forward."""
+
+    def test_padding(self) -> None:
+        assert [padded(tokens) for tokens in (0, 1, 32, 33)] == [0, 32, 32, 64]
+
+    def test_tokens(self) -> None:
+        assert SMALL.tokens == 32 + 32
+        assert replace(SMALL, negative_tokens=64).tokens == 2 * (32 + 64)
+        assert replace(SMALL, negative_tokens=64).unguided() == SMALL
+
+    def test_a_pictures_shape_is_known_before_it_is_begun(self, zimage_model: ZImageModel) -> None:
+        begun = zimage_model.start(parameters(guidance_scale=1.0), embeddings(33), embeddings(7))
+        assert begun.shape == Shape(height=64, width=64, text_tokens=64, negative_tokens=32)

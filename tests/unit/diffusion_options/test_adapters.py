@@ -1,0 +1,211 @@
+"""LoRAs that requests choose: side by side on one DiT, equal to fused ones within rounding, gone without a trace."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from drawing import draw, load, load_pipeline
+from lora_files import write, write_diffusers, write_kohya, write_original
+from safetensors.torch import load_file, save_file
+
+from services.diffusion.model import ZImageModel
+from shared.checkpoint import UnusableModel
+from shared.errors import InvalidField, UnknownName
+from shared.schemas.diffusion import LoraChoice
+
+FORMATS = {"diffusers": write_diffusers, "kohya": write_kohya, "original": write_original}
+
+
+@pytest.fixture
+def folder(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """A folder with three LoRAs, one of them in a folder of its own."""
+    transformer = load_pipeline(tiny_checkpoint, torch.float32).transformer
+    place = tmp_path / "loras"
+    (place / "styles").mkdir(parents=True)
+    for name, seed in (("ink", 0), ("oil", 1), ("styles/v1.0 chalk", 2)):
+        shutil.move(write_original(tmp_path, transformer, seed=seed), place / f"{name}.safetensors")
+    return place
+
+
+@pytest.fixture
+def model(tiny_checkpoint: Path, folder: Path) -> ZImageModel:
+    return load(tiny_checkpoint, lora_dir=folder)
+
+
+class TestPictures:
+    """What an adapter draws."""
+
+    @pytest.mark.parametrize("make", FORMATS.values(), ids=FORMATS)
+    @pytest.mark.parametrize("scale", [1.0, 0.6, -0.5])
+    def test_it_equals_the_fused_one_within_rounding(
+        self, make: Any, scale: float, tiny_checkpoint: Path, tmp_path: Path
+    ) -> None:
+        place = tmp_path / "loras"
+        place.mkdir()
+        path = make(place, load_pipeline(tiny_checkpoint, torch.float32).transformer)
+        fused = draw(load(tiny_checkpoint, lora=[f"{path}:{scale}"]))
+        adapted = draw(load(tiny_checkpoint, lora_dir=place), loras=((path.stem, scale),))
+        assert abs(adapted - fused).max() <= 1
+        assert abs(adapted - draw(load(tiny_checkpoint))).max() > 3
+
+    def test_several_equal_the_fused_ones(self, tiny_checkpoint: Path, folder: Path, model: ZImageModel) -> None:
+        ink, oil = folder / "ink.safetensors", folder / "oil.safetensors"
+        fused = draw(load(tiny_checkpoint, lora=[f"{ink}:0.8", f"{oil}:-0.3"]))
+        assert abs(draw(model, loras=(("ink", 0.8), ("oil", -0.3))) - fused).max() <= 1
+
+    def test_without_one_nothing_is_changed_bit_for_bit(self, tiny_checkpoint: Path, model: ZImageModel) -> None:
+        base = draw(load(tiny_checkpoint))
+        assert np.array_equal(draw(model), base)
+        with_ink = draw(model, loras=(("ink", 1.0),))
+        assert not np.array_equal(with_ink, base)
+        assert np.array_equal(draw(model), base)
+        assert np.array_equal(draw(model, loras=(("ink", 1.0),)), with_ink)
+
+    def test_a_scale_of_zero_leaves_it_out(self, tiny_checkpoint: Path, model: ZImageModel) -> None:
+        choices = [LoraChoice(name="ink", scale=0.0), LoraChoice(name="oil", scale=0)]
+        loras = model.adapters.choose(choices)
+        assert loras == ()
+        assert np.array_equal(draw(model, loras=loras), draw(load(tiny_checkpoint)))
+        assert model.adapters.loaded == []
+
+    def test_bfloat16(self, tiny_checkpoint_bf16: Path, folder: Path) -> None:
+        model, base = load(tiny_checkpoint_bf16, lora_dir=folder), load(tiny_checkpoint_bf16)
+        fused = draw(load(tiny_checkpoint_bf16, lora=[str(folder / "ink.safetensors")]))
+        adapted = draw(model, loras=(("ink", 1.0),))
+        assert np.percentile(abs(adapted - fused), 99) <= 12
+        assert np.array_equal(draw(model), draw(base))
+
+
+class TestKeeping:
+    """Which adapters stay on the device."""
+
+    def test_the_last_used_stay(self, tiny_checkpoint: Path, folder: Path) -> None:
+        model = load(tiny_checkpoint, lora_dir=folder)
+        one = model.adapters.shelf.bytes_of({"ink"}, 4)
+        assert one > 0
+        model.adapters._max_bytes = 2 * one
+        first = draw(model, loras=(("ink", 1.0),))
+        draw(model, loras=(("oil", 1.0),))
+        draw(model, loras=(("ink", 0.5),))
+        assert model.adapters.loaded == ["oil", "ink"]
+        draw(model, loras=(("styles/v1.0 chalk", 1.0),))
+        assert model.adapters.loaded == ["ink", "styles/v1.0 chalk"]
+        draw(model, loras=(("oil", 1.0),))
+        assert np.array_equal(draw(model, loras=(("ink", 1.0),)), first)
+
+    def test_those_in_use_are_not_dropped(self, model: ZImageModel) -> None:
+        model.adapters._max_bytes = model.adapters.shelf.bytes_of({"ink"}, 4)
+        model.adapters.load((("ink", 1.0),))
+        model.adapters.load((("oil", 1.0),), in_use={"ink"})
+        assert set(model.adapters.loaded) == {"ink", "oil"}
+        assert not model.adapters.fit({"ink", "oil"})
+
+    def test_what_alone_is_too_much_is_refused(self, model: ZImageModel) -> None:
+        model.adapters._max_bytes = model.adapters.shelf.bytes_of({"ink"}, 4)
+        with pytest.raises(InvalidField, match="'loras' takes more than the"):
+            model.adapters.choose([LoraChoice(name="ink"), LoraChoice(name="oil")])
+
+    def test_a_file_that_changes_is_read_again(self, model: ZImageModel, folder: Path) -> None:
+        before = draw(model, loras=(("ink", 1.0),))
+        shutil.copy(folder / "oil.safetensors", folder / "ink.safetensors")
+        os.utime(folder / "ink.safetensors", (1, 1))
+        model.adapters.shelf.refresh()
+        after = draw(model, loras=(("ink", 1.0),))
+        assert not np.array_equal(after, before)
+        assert np.array_equal(after, draw(model, loras=(("oil", 1.0),)))
+
+    def test_a_file_that_goes_away(self, model: ZImageModel, folder: Path) -> None:
+        loras = model.adapters.choose([LoraChoice(name="ink")])
+        (folder / "ink.safetensors").unlink()
+        model.adapters.shelf.refresh()
+        with pytest.raises(InvalidField, match="'ink' is no longer there"):
+            draw(model, loras=loras)
+        draw(model, loras=(("oil", 1.0),))
+
+
+class TestFolder:
+    """What the folder offers, and what it does not."""
+
+    def test_names_and_metadata(self, model: ZImageModel, folder: Path) -> None:
+        save_file(
+            load_file(folder / "ink.safetensors"),
+            folder / "told.safetensors",
+            metadata={"trigger": "in ink", "long": "x" * 10_000},
+        )
+        model.adapters.shelf.refresh()
+        files = model.adapters.shelf.files
+        assert set(files) == {"ink", "oil", "styles/v1.0 chalk", "told"}
+        assert files["told"].metadata == {"trigger": "in ink", "long": "x" * 2_000}
+        assert files["ink"].rank == 4
+        assert files["ink"].bytes == (folder / "ink.safetensors").stat().st_size
+
+    @pytest.mark.parametrize(
+        "name", ["nope", "../ink", "ink.safetensors", "/etc/passwd", "styles\\v1.0 chalk", "INK", "styles/../ink", "."]
+    )
+    def test_names_that_are_not_there(self, model: ZImageModel, name: str) -> None:
+        with pytest.raises(UnknownName, match="There is no LoRA"):
+            model.adapters.choose([LoraChoice(name=name)])
+
+    def test_a_name_given_twice(self, model: ZImageModel) -> None:
+        with pytest.raises(InvalidField, match="names a LoRA twice"):
+            model.adapters.choose([LoraChoice(name="ink"), LoraChoice(name="ink", scale=0.5)])
+
+    def test_files_that_are_no_whole_safetensors_are_left_out(self, model: ZImageModel, folder: Path) -> None:
+        whole = (folder / "ink.safetensors").read_bytes()
+        (folder / "cut.safetensors").write_bytes(whole[:-1])
+        torch.save({"a": torch.ones(1)}, folder / "pickled.safetensors")
+        torch.save({"a": torch.ones(1)}, folder / "pickled.bin")
+        model.adapters.shelf.refresh()
+        assert set(model.adapters.shelf.files) == {"ink", "oil", "styles/v1.0 chalk"}
+
+    def test_a_file_for_another_model_is_refused_by_its_name(self, model: ZImageModel, folder: Path) -> None:
+        write(folder / "foreign.safetensors", {"diffusion_model.nowhere.lora_A.weight": torch.ones(2, 2)})
+        loras = model.adapters.choose([LoraChoice(name="foreign")])
+        with pytest.raises(InvalidField) as refused:
+            draw(model, loras=loras)
+        assert str(refused.value).startswith("The LoRA 'foreign' ")
+        assert str(folder) not in str(refused.value)
+        draw(model, loras=(("ink", 1.0),))
+
+    def test_a_folder_that_is_not_there(self, tiny_checkpoint: Path, tmp_path: Path) -> None:
+        with pytest.raises(UnusableModel, match=r"folder of LoRAs .* does not exist"):
+            load(tiny_checkpoint, lora_dir=tmp_path / "gone")
+
+
+class TestDefault:
+    """The flags' LoRAs are those of a picture that names none."""
+
+    def test_with_a_folder_they_can_be_replaced(self, tiny_checkpoint: Path, folder: Path) -> None:
+        path = folder / "ink.safetensors"
+        model = load(tiny_checkpoint, lora_dir=folder, lora=[f"{path}:0.5"])
+        choose = model.adapters.choose
+        assert choose(None) == (("ink", 0.5),)
+        assert choose([]) == ()
+        assert choose([LoraChoice(name="oil")]) == (("oil", 1.0),)
+        fused = draw(load(tiny_checkpoint, lora=[f"{path}:0.5"]))
+        assert abs(draw(model, loras=choose(None)) - fused).max() <= 1
+        assert np.array_equal(draw(model, loras=choose([])), draw(load(tiny_checkpoint)))
+
+    def test_they_may_lie_elsewhere(self, tiny_checkpoint: Path, folder: Path, tmp_path: Path) -> None:
+        elsewhere = tmp_path / "mine.safetensors"
+        shutil.move(folder / "ink.safetensors", elsewhere)
+        model = load(tiny_checkpoint, lora_dir=folder, lora=[f"{elsewhere}:0.5"])
+        assert model.adapters.choose(None) == (("mine", 0.5),)
+        assert "mine" in model.adapters.shelf.files
+
+    def test_without_a_folder_they_are_fused(self, tiny_checkpoint: Path, folder: Path) -> None:
+        model = load(tiny_checkpoint, lora=[str(folder / "ink.safetensors")])
+        assert model.adapters.choose(None) == ()
+        with pytest.raises(InvalidField, match="fused into its weights"):
+            model.adapters.choose([])
+        with pytest.raises(UnknownName, match="started without --lora-dir"):
+            model.adapters.choose([LoraChoice(name="ink")])
+
+    def test_one_that_cannot_be_used_ends_the_start(self, tiny_checkpoint: Path, folder: Path) -> None:
+        path = write(folder / "foreign.safetensors", {"diffusion_model.nowhere.lora_A.weight": torch.ones(2, 2)})
+        with pytest.raises(UnusableModel, match="The LoRA 'foreign' has tensors that are not those of a LoRA"):
+            load(tiny_checkpoint, lora_dir=folder, lora=[str(path)])

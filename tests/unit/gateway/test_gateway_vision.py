@@ -1,0 +1,108 @@
+"""Vision conditioning at a gateway without Redis, before a vl service in this process."""
+
+import base64
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx2
+import pytest
+from conftest import Gateway, Recorder, Start
+from inprocess import started, until
+from pictures import encoded
+
+from services.gateway.references import VlClient, id_of
+from services.gateway.vision import NO_CACHE
+from services.vl import app as vl_app
+from services.vl.model import VisionModel
+from services.vl.settings import VlSettings
+from shared.client import ServiceClient
+from shared.schemas.vl import ExtractParameters
+from shared.wire import parse_header
+
+PICTURE = encoded()
+IMAGE = base64.b64encode(PICTURE).decode()
+PATH = "/api/vl/generate"
+SMALL = {"prompt": "A cat", "width": 64, "height": 64, "steps": 2, "seed": 3}
+
+
+@pytest.fixture
+async def seeing(start_gateway: Start, vision_model: VisionModel) -> AsyncIterator[tuple[Gateway, Recorder]]:
+    vl = vl_app.create_app(VlSettings(), model=vision_model)
+    async with started(vl) as app:
+        recorder = Recorder(httpx2.ASGITransport(app))
+        service = ServiceClient("vl", "http://vl", max_reply_bytes=64 << 20, transport=recorder)
+        async with start_gateway(vl=VlClient(service)) as gateway:
+            await until(gateway.client, "/api/vl/status", lambda answer: answer.json()["available"])
+            yield gateway, recorder
+
+
+async def drawn(gateway: Gateway, **fields: Any) -> httpx2.Response:
+    return await gateway.client.post(PATH, json={**SMALL, **fields})
+
+
+async def test_a_picture_in_one_go(seeing: tuple[Gateway, Recorder]) -> None:
+    gateway, _ = seeing
+    answer = await drawn(gateway, vl_image=IMAGE, vl_alpha=0.5)
+    assert answer.status_code == 200, answer.text
+    assert (answer.headers["x-vl-alpha"], answer.headers["x-vl-blend-mode"]) == ("0.5", "linear")
+    assert "vision;dur=" in answer.headers["server-timing"]
+    message = gateway.diffusion.calls[-1][0].content
+    header = parse_header(message)
+    assert [tensor.name for tensor in header.tensors] == ["text", "vl"]
+
+
+async def test_alpha_0_sends_what_draws_the_same(seeing: tuple[Gateway, Recorder]) -> None:
+    gateway, _ = seeing
+    plain = (await gateway.client.post("/api/generate", json=SMALL)).content
+    with_picture = (await drawn(gateway, vl_image=IMAGE, vl_alpha=0.0)).content
+    assert plain[plain.index(b"IDAT") :] == with_picture[with_picture.index(b"IDAT") :]
+    assert b'"blending"' not in plain + with_picture
+    assert b'"vl_' not in plain
+
+
+async def test_events_tell_the_references_too(seeing: tuple[Gateway, Recorder]) -> None:
+    gateway, _ = seeing
+    headers = {"accept": "text/event-stream"}
+    answer = await gateway.client.post(PATH, json={**SMALL, "vl_image": IMAGE}, headers=headers)
+    assert '"X-VL-Alpha": "0.3"' in answer.text
+
+
+async def test_what_needs_redis_says_so(seeing: tuple[Gateway, Recorder]) -> None:
+    gateway, _ = seeing
+    for answer in (
+        await gateway.client.post("/api/vl/extract", json={"image": IMAGE}),
+        await drawn(gateway, vl_embeddings_id="vl_0_0_L-2"),
+        await gateway.client.delete("/api/vl/cache"),
+    ):
+        assert (answer.status_code, answer.json()["detail"]) == (503, NO_CACHE)
+
+
+@pytest.mark.parametrize("body", [b"", b"garbage", b"\x10\0\0\0\0\0\0\0" + b"{}" + b" " * 14])
+async def test_garbage_of_the_service_is_a_bad_upstream(seeing: tuple[Gateway, Recorder], body: bytes) -> None:
+    gateway, recorder = seeing
+    recorder.instead = lambda request: httpx2.Response(200, content=body) if request.method == "POST" else None
+    answer = await drawn(gateway, vl_image=IMAGE)
+    assert (answer.status_code, answer.json()["code"]) == (502, "bad_upstream")
+    recorder.instead = None
+    assert (await drawn(gateway, vl_image=IMAGE)).status_code == 200
+
+
+def parameters(**fields: Any) -> ExtractParameters:
+    wanted = {"hidden_layer": -2, "image_tokens_only": False, "scale_to_text": True, **fields}
+    return ExtractParameters(**wanted)
+
+
+def test_ids_name_everything_that_determines_embeddings() -> None:
+    first = id_of(PICTURE, parameters(), "f")
+    assert first == id_of(PICTURE, parameters(), "f")
+    others = [
+        id_of(PICTURE + b"\0", parameters(), "f"),
+        id_of(PICTURE, parameters(), "g"),
+        id_of(PICTURE, parameters(hidden_layer=-3), "f"),
+        id_of(PICTURE, parameters(text="a"), "f"),
+        id_of(PICTURE, parameters(image_tokens_only=True), "f"),
+        id_of(PICTURE, parameters(scale_to_text=False), "f"),
+    ]
+    assert len({first, *others}) == 7
+    assert first.startswith("vl_")
+    assert first.endswith("_L-2")
