@@ -29,7 +29,7 @@ def run(setting: Setting) -> Findings:
 
 
 async def _run(checkpoint: Path, *, quick: bool) -> Findings:
-    script = Script(checkpoint)
+    script = Script.load(checkpoint)
     settings = DiffusionSettings(model_path=checkpoint, dit_device=Device.CPU, vae_device=Device.CPU)
     async with studio(settings) as ours:
         alone = await _alone(ours, script, QUICK_PAIRS if quick else PAIRS)

@@ -5,7 +5,7 @@ import asyncio
 import io
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from PIL import Image
 from services.diffusion.engine import DiffusionEngine
 from services.diffusion.jobs import Picture, PictureRequest
 from services.diffusion.loading import limits_of, load_zimage
+from services.diffusion.model import ZImageModel
 from services.diffusion.order import Limits
 from services.diffusion.settings import DiffusionSettings
 from shared.schemas.diffusion import DiffusionParameters
@@ -39,6 +40,7 @@ class Wanted:
     width: int = 256
     height: int = 256
     steps: int = 9
+    lora: str | None = None
 
     def text(self, width: int, dtype: torch.dtype) -> torch.Tensor:
         """Hidden states that belong to the seed, [tokens, width]."""
@@ -56,29 +58,43 @@ class Wanted:
             "guidance_scale": 0.0,
             "shift": 3.0,
             "long_prompt_mode": "interpolate",
+            "loras": None if self.lora is None else [{"name": self.lora}],
         }
 
 
 class Script:
-    """diffusers' pipeline, as a script would use it: one picture after the other."""
+    """diffusers' pipeline, as a script would use it."""
 
-    def __init__(self, checkpoint: Path, **options: Any) -> None:
-        self.pipeline = ZImagePipeline.from_pretrained(
-            checkpoint, text_encoder=None, tokenizer=None, dtype=torch.bfloat16, local_files_only=True, **options
-        )
+    def __init__(self, pipeline: Any) -> None:
+        self.pipeline = pipeline
         self.pipeline.set_progress_bar_config(disable=True)
+
+    @classmethod
+    def load(cls, checkpoint: Path) -> "Script":
+        """The pipeline of a directory, in bfloat16 on the CPU."""
+        return cls(
+            ZImagePipeline.from_pretrained(
+                checkpoint, text_encoder=None, tokenizer=None, dtype=torch.bfloat16, local_files_only=True
+            )
+        )
 
     def draw(self, wanted: Wanted) -> Any:
         """The picture, as PIL has it."""
-        transformer = self.pipeline.transformer
-        return self.pipeline(
-            prompt_embeds=[wanted.text(transformer.config.cap_feat_dim, transformer.dtype).to(transformer.device)],
-            width=wanted.width,
-            height=wanted.height,
-            num_inference_steps=wanted.steps,
+        return self.draw_batch([wanted])[0]
+
+    def draw_batch(self, several: Sequence[Wanted]) -> Sequence[Any]:
+        """Pictures of one size in one call, as PIL has them."""
+        transformer, first = self.pipeline.transformer, several[0]
+        width, dtype, device = transformer.config.cap_feat_dim, transformer.dtype, transformer.device
+        pictures: Sequence[Any] = self.pipeline(
+            prompt_embeds=[wanted.text(width, dtype).to(device) for wanted in several],
+            width=first.width,
+            height=first.height,
+            num_inference_steps=first.steps,
             guidance_scale=0.0,
-            generator=torch.Generator("cpu").manual_seed(wanted.seed),
-        ).images[0]
+            generator=[torch.Generator("cpu").manual_seed(wanted.seed) for wanted in several],
+        ).images
+        return pictures
 
     def draw_pngs(self, several: Sequence[Wanted]) -> float:
         """Seconds for these pictures, one after the other, PNGs included."""
@@ -90,10 +106,15 @@ class Script:
 
 @asynccontextmanager
 async def studio(settings: DiffusionSettings, limits: Limits | None = None) -> AsyncIterator["Studio"]:
-    """An engine that is ready."""
-    engine = DiffusionEngine(
-        lambda: load_zimage(settings), limits or limits_of(settings), max_waiting=MANY, png_compression=PNG_LEVEL
-    )
+    """An engine that has loaded what the settings name."""
+    async with engine_of(lambda: load_zimage(settings), limits or limits_of(settings)) as ours:
+        yield ours
+
+
+@asynccontextmanager
+async def engine_of(load: Callable[[], ZImageModel], limits: Limits) -> AsyncIterator["Studio"]:
+    """An engine that has loaded a model."""
+    engine = DiffusionEngine(load, limits, max_waiting=MANY, png_compression=PNG_LEVEL)
     engine.device.start()
     await asyncio.to_thread(_wait_until_loaded, engine)
     try:

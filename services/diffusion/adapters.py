@@ -41,8 +41,12 @@ class Adapters:
         """Names of the LoRAs that are on the device, the one that was used last at the end."""
         return list(self._loaded)
 
+    def know(self, choices: Sequence[LoraChoice] | None) -> bool:
+        """Whether each name was in the folder when it was last looked through: then choosing reads no files."""
+        return {choice.name for choice in choices or ()} <= set(self.shelf.files)
+
     def choose(self, choices: Sequence[LoraChoice] | None) -> tuple[Lora, ...]:
-        """The LoRAs of a picture, known and not too large together. May read files: not for the event loop.
+        """The LoRAs of a picture, known and not too large together. May read files where not all are known.
 
         Raises UnknownName and InvalidField.
         """

@@ -69,8 +69,7 @@ class DiffusionEngine:
         NumericalError, DeviceFailed, NotBegun.
         """
         model = self.device.model
-        loras = await asyncio.to_thread(model.adapters.choose, request.parameters.loras)
-        shape = _shape_of(model.facts, request, loras)
+        shape = _shape_of(model.facts, request, await _loras_of(model, request))
         self._check_size(model, shape)
         job = PictureJob(request, shape, watched=watched)
         self.pictures.add(job)
@@ -150,6 +149,14 @@ class DiffusionEngine:
 
     def _encode(self, drawn: Drawn) -> tuple[bytes, bytes]:
         return encode_png(drawn.pixels, compression=self._png_compression), encode_thumbnail(drawn.pixels)
+
+
+async def _loras_of(model: ZImageModel, request: PictureRequest) -> tuple[Lora, ...]:
+    """The LoRAs that are asked for. The folder is looked through in a thread, where a name is not known yet."""
+    choices = request.parameters.loras
+    if model.adapters.know(choices):
+        return model.adapters.choose(choices)
+    return await asyncio.to_thread(model.adapters.choose, choices)
 
 
 def _shape_of(facts: ModelFacts, request: PictureRequest, loras: tuple[Lora, ...]) -> Shape:

@@ -31,7 +31,13 @@ STATES = "vl"
 EXTRACTED = "extracted"
 """Names of the answer's tensor, [tokens, width], and of the metadata entry that holds `Extracted` as JSON."""
 
-PictureText = Annotated[str, Field(description="The picture in base64, or as a data URL: PNG, JPEG or WEBP.")]
+EXAMPLE_PICTURE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGO4pKEBAALyASPRKWJvAAAAAElFTkSuQmCC"
+"""One red pixel, as a PNG."""
+
+PictureText = Annotated[
+    str,
+    Field(description="The picture in base64, or as a data URL: PNG, JPEG or WEBP.", examples=[EXAMPLE_PICTURE]),
+]
 ReadText = Annotated[Text, Field(description="Text that is read together with the picture.")]
 
 
@@ -190,7 +196,24 @@ class VlDeletedAnswer(BaseModel):
     deleted: str = Field(examples=["vl_abc123_def4_L-2"])
 
 
+VL_EXTRACT_EXAMPLES: dict[str, Any] = {
+    "shortest": {"summary": "A picture and nothing else", "value": {"image": EXAMPLE_PICTURE}},
+    "all fields": {
+        "summary": "Every field with a value",
+        "value": {
+            "image": EXAMPLE_PICTURE,
+            "text": "a red pixel",
+            "hidden_layer": -2,
+            "image_tokens_only": False,
+            "scale_to_text": True,
+        },
+    },
+}
 VL_GENERATE_EXAMPLES: dict[str, Any] = {
+    "one shot": {
+        "summary": "A picture that is extracted on the way",
+        "value": {"prompt": "A cat sleeping in sunlight", "vl_image": EXAMPLE_PICTURE, "vl_alpha": 0.3},
+    },
     "extracted": {
         "summary": "A reference that was extracted before",
         "value": {
@@ -200,9 +223,5 @@ VL_GENERATE_EXAMPLES: dict[str, Any] = {
             "vl_blend_mode": "style_only",
             "seed": 42,
         },
-    },
-    "one shot": {
-        "summary": "A picture that is extracted on the way",
-        "value": {"prompt": "A cat sleeping in sunlight", "vl_image": "iVBORw0KGgo...", "vl_alpha": 0.3},
     },
 }

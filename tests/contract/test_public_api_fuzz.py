@@ -26,6 +26,8 @@ from starlette.types import Receive, Scope, Send
 
 from services.gateway.app import create_app
 from services.gateway.clients import DiffusionClient, EncoderClient
+from services.gateway.embeddings import EmbeddingCache
+from services.gateway.references import VlClient
 from services.gateway.rewriting import RewriterClient
 from services.gateway.settings import GatewaySettings
 from services.gateway.store import Bounds, History
@@ -35,6 +37,7 @@ from shared.problems import MEDIA_TYPE, problem_response
 from shared.schemas.diffusion import LoraList
 from shared.schemas.encoder import Tokens
 from shared.schemas.rewriter import Rewritten
+from shared.schemas.vl import Extracted, VlFacts
 from shared.wire import TensorMeta, build_header
 
 pytestmark = pytest.mark.slow
@@ -48,6 +51,33 @@ REWRITTEN = Rewritten(
 )
 
 
+VISION = VlFacts(
+    name="vl",
+    model_path="/vl",
+    device="cpu",
+    dtype="float32",
+    width=4,
+    layers=8,
+    target_std=1.0,
+    auto_unload=True,
+    loaded=False,
+    fingerprint="0",
+)
+EXTRACTED = Extracted(fingerprint="0", hidden_layer=-2, original_std=1.0, scaled_std=1.0).model_dump_json()
+
+
+ANSWERS: dict[str, str | bytes] = {
+    "/v1/tokenize": Tokens(tokens=[[1, 2]], counts=[2]).model_dump_json(),
+    "/v1/generate": PNG,
+    "/v1/loras": LoraList(loras=[]).model_dump_json(),
+    "/v1/rewrite": REWRITTEN.model_dump_json(),
+    "/v1/describe": REWRITTEN.model_dump_json(),
+    "/v1/model": VISION.model_dump_json(),
+    "/v1/extract": build_header([TensorMeta("vl", "F32", (2, 4))], {"extracted": EXTRACTED}) + bytes(32),
+}
+"""Answers that are the same whatever is asked."""
+
+
 async def answer_of(request: Request) -> Response:
     """What a service answers: two tokens for every text, the head of a PNG, an orange cat."""
     body = await request.body()
@@ -57,14 +87,8 @@ async def answer_of(request: Request) -> Response:
         case "POST", "/v1/hidden_states":
             metas = [TensorMeta(f"hidden_states.{n}", "F32", (2, 4)) for n in range(len(json.loads(body)["input"]))]
             return Response(build_header(metas) + bytes(32 * len(metas)))
-        case "POST", "/v1/tokenize":
-            return Response(Tokens(tokens=[[1, 2]], counts=[2]).model_dump_json())
-        case "POST", "/v1/generate":
-            return Response(PNG)
-        case "GET", "/v1/loras":
-            return Response(LoraList(loras=[]).model_dump_json())
-        case "POST", "/v1/rewrite":
-            return Response(REWRITTEN.model_dump_json())
+        case _, path if path in ANSWERS:
+            return Response(ANSWERS[path])
         case "DELETE", path if path == f"/v1/generate/{RUNNING}":
             return Response()
     return problem_response(UnknownName("There is no such thing."), None)
@@ -95,6 +119,7 @@ def app(tmp_path: Path, redis_url: str) -> FastAPI:
         encoder=EncoderClient(service("encoder")),
         diffusion=DiffusionClient(service("diffusion")),
         rewriter=RewriterClient(service("rewriter")),
+        vl=VlClient(service("vl")),
     )
 
 
@@ -148,12 +173,19 @@ def test_no_path_or_query_breaks_an_endpoint(method: str, path: str, app: FastAP
     statuses: Counter[int] = Counter()
 
     async def send_all() -> None:
-        async with served(app) as url, http(url) as client, History(redis_url, Bounds(100, 1 << 20)) as history:
+        async with (
+            served(app) as url,
+            http(url) as client,
+            History(redis_url, Bounds(100, 1 << 20)) as history,
+            EmbeddingCache(redis_url, max_bytes=1 << 20, ttl_s=60) as cache,
+        ):
             await until(client, "/health/ready", lambda answer: answer.is_success)
             await history.clear()
             for target in sent:
                 if not await history.count():
                     entry_id = await history.add(ENTRY, PNG, b"")
+                if "/vl/" in path:
+                    await cache.put(RUNNING, b"embeddings")
                 asked = target.replace(WORKING, str(entry_id) if method == "GET" else RUNNING)
                 answer = await client.request(method, "/", extensions={"target": asked.encode()})
                 statuses[check(answer, asked)] += 1

@@ -11,6 +11,7 @@ from services.gateway.state import Engine, Services
 from shared.requests import require_json, until_disconnected
 from shared.schemas.public import ClearedAnswer
 from shared.schemas.vl import (
+    VL_EXTRACT_EXAMPLES,
     VL_GENERATE_EXAMPLES,
     ExtractAnswer,
     ExtractOptions,
@@ -34,7 +35,7 @@ _FORM_SCHEMA: dict[str, Any] = {
 _EXTRACT_BODY = {
     "required": True,
     "content": {
-        "application/json": {"schema": ExtractRequest.model_json_schema()},
+        "application/json": {"schema": ExtractRequest.model_json_schema(), "examples": VL_EXTRACT_EXAMPLES},
         FORM: {"schema": _FORM_SCHEMA},
     },
 }

@@ -6,7 +6,8 @@ from typing import Any
 
 import httpx2
 import pytest
-from conftest import Gateway, Recorder, Start
+from conftest import Gateway, Recorder, Start, Whole
+from fastapi import FastAPI
 from inprocess import started, until
 from pictures import encoded
 
@@ -26,8 +27,12 @@ SMALL = {"prompt": "A cat", "width": 64, "height": 64, "steps": 2, "seed": 3}
 
 
 @pytest.fixture
-async def seeing(start_gateway: Start, vision_model: VisionModel) -> AsyncIterator[tuple[Gateway, Recorder]]:
-    vl = vl_app.create_app(VlSettings(), model=vision_model)
+def vl(vision_model: VisionModel) -> FastAPI:
+    return vl_app.create_app(VlSettings(), model=vision_model)
+
+
+@pytest.fixture
+async def seeing(start_gateway: Start, vl: FastAPI) -> AsyncIterator[tuple[Gateway, Recorder]]:
     async with started(vl) as app:
         recorder = Recorder(httpx2.ASGITransport(app))
         service = ServiceClient("vl", "http://vl", max_reply_bytes=64 << 20, transport=recorder)
@@ -80,7 +85,7 @@ async def test_what_needs_redis_says_so(seeing: tuple[Gateway, Recorder]) -> Non
 @pytest.mark.parametrize("body", [b"", b"garbage", b"\x10\0\0\0\0\0\0\0" + b"{}" + b" " * 14])
 async def test_garbage_of_the_service_is_a_bad_upstream(seeing: tuple[Gateway, Recorder], body: bytes) -> None:
     gateway, recorder = seeing
-    recorder.instead = lambda request: httpx2.Response(200, content=body) if request.method == "POST" else None
+    recorder.instead = lambda request: httpx2.Response(200, stream=Whole(body)) if request.method == "POST" else None
     answer = await drawn(gateway, vl_image=IMAGE)
     assert (answer.status_code, answer.json()["code"]) == (502, "bad_upstream")
     recorder.instead = None
