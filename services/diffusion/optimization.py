@@ -20,6 +20,7 @@ from services.diffusion.option_settings import OffloadMode, OptionSettings, pars
 from shared.checkpoint import UnusableModel
 from shared.schemas.diffusion import DiffusionParameters
 from shared.schemas.fields import LongPromptMode
+from shared.settings import Quantization
 from shared.tensors import quantize
 
 MAX_VARIANTS = 32  # of a compiled block: with and without modulation, a mask, guidance; torch stops at 8
@@ -64,6 +65,11 @@ def use_kernels(transformer: Any, device: torch.device, kernels: Kernels, flag: 
 
 def quantize_blocks(transformer: Any, settings: OptionSettings, device: torch.device) -> None:
     """Keeps the weights of the DiT's blocks in fewer bits. Raises UnusableModel."""
+    if settings.compile and settings.quantization is Quantization.INT8 and device.type == "cpu":
+        raise UnusableModel(
+            "--compile and --quantization int8 cannot be combined on a CPU, where what torch compiles of them crashes: "
+            "choose int8_dynamic or leave one of them out"
+        )
     quantize(
         transformer,
         settings.quantization,

@@ -240,6 +240,10 @@ class TestQuantization:
         with pytest.raises(UnusableModel, match=rf"^--quantization {kind} needs the package torchao: install it with"):
             load(tiny_checkpoint, quantization=kind)
 
+    def test_compiled_weights_of_8_bits_crash_on_a_cpu(self, tiny_checkpoint: Path) -> None:
+        with pytest.raises(UnusableModel, match=r"^--compile and --quantization int8 cannot be combined on a CPU"):
+            load(tiny_checkpoint, quantization="int8", compile=True)
+
     def test_fp8_arithmetic_needs_a_gpu(self, tiny_checkpoint: Path) -> None:
         with pytest.raises(UnusableModel, match=r"^--quantization fp8_dynamic needs an NVIDIA GPU of compute"):
             load(tiny_checkpoint, quantization="fp8_dynamic")
