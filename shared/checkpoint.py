@@ -18,10 +18,8 @@ class UnusableModel(Exception):
     """The directory cannot be used as the model that is asked for; the text is one sentence for the operator."""
 
 
-def require_parts(model_path: Path | None, *parts: str) -> Path:
+def require_parts(model_path: Path, *parts: str) -> Path:
     """The directory, if it holds every named part (a folder with a configuration). Raises UnusableModel."""
-    if model_path is None:
-        raise UnusableModel("no model directory is given: name one with --model-path or ZIMAGE_MODEL_PATH")
     if not model_path.is_dir():
         raise UnusableModel(f"the model directory {model_path} does not exist")
     for part in parts:

@@ -23,6 +23,9 @@ from shared.logs import LogFormat
 ENV_PREFIX = "ZIMAGE_"
 CONFIG_FILE, PROFILE = "ZIMAGE_CONFIG", "ZIMAGE_PROFILE"
 DEFAULT_PROFILE = "default"
+_CHECKPOINTS = Path(__file__).resolve().parent.parent / "demo_model" / "checkpoints"
+BUNDLED_MODEL, BUNDLED_VISION_MODEL = _CHECKPOINTS / "z-image", _CHECKPOINTS / "qwen3-vl"
+"""The demo model, which is used where no model is named: a Z-Image directory and a Qwen3-VL one."""
 DEFAULT_MAX_PIXELS = 4_200_000
 """Width times height of the largest picture: a little over 2048 x 2048."""
 
@@ -114,14 +117,26 @@ class ServiceSettings(BaseSettings):
         return init_settings, env_settings, _ProfileSource(settings_cls)
 
 
-class ModelSettings(ServiceSettings):
+class CheckpointSettings(ServiceSettings):
+    """Which Z-Image directory is used."""
+
+    model_path: Path | None = setting(
+        None,
+        key="model_path",
+        panel="Model & device",
+        description="Path to the Z-Image model; the bundled demo model without one.",
+    )
+
+    @property
+    def model_folder(self) -> Path:
+        """The Z-Image directory: the one that is given, else the bundled demo model."""
+        return self.model_path or BUNDLED_MODEL
+
+
+class ModelSettings(CheckpointSettings):
     """Settings of a service that loads parts of the Z-Image directory; `parts` are those folders."""
 
     parts: ClassVar[tuple[str, ...]]
-
-    model_path: Path | None = setting(
-        None, key="model_path", panel="Model & device", description="Path to the Z-Image model."
-    )
 
 
 class DataSettings(ServiceSettings):
@@ -147,7 +162,7 @@ class UpstreamSettings(ServiceSettings):
     )
 
 
-class VisionSettings(ServiceSettings):
+class VisionSettings(CheckpointSettings):
     """What the vl service does and the gateway tells of it."""
 
     vl_model_path: Path | None = setting(
@@ -162,6 +177,11 @@ class VisionSettings(ServiceSettings):
     vl_auto_unload: bool = setting(
         default=True, key="vl.auto_unload", panel="Vision", description="Unload the model after an extraction."
     )
+
+    @property
+    def vl_model_folder(self) -> Path | None:
+        """The Qwen3-VL directory: the one that is given, beside the bundled demo model its own, else None."""
+        return self.vl_model_path or (BUNDLED_VISION_MODEL if self.model_path is None else None)
 
 
 class _ProfileSource(PydanticBaseSettingsSource):

@@ -107,10 +107,9 @@ def node(
     debug: Annotated[bool | None, typer.Option("--debug", help="Enable debug logging.")] = None,
 ) -> None:
     """Run one service alone, for a gateway on another machine."""
-    set_environment({"model_path": model_path, f"{kind}_host": host, f"{kind}_port": port, "debug": debug})
+    path = "vl_model_path" if kind is NodeKind.VL else "model_path"
+    set_environment({path: model_path, f"{kind}_host": host, f"{kind}_port": port, "debug": debug})
     set_environment(dict.fromkeys(_DEVICES[kind], device))
-    if kind is NodeKind.VL:
-        set_environment({"vl_model_path": model_path})
     settings = check_configuration([kind])[kind]
     if isinstance(settings, VisionSettings):
         _require_vision_model(settings)
@@ -156,7 +155,7 @@ def demo(
     data_dir: DataDir = None,
 ) -> None:
     """Start everything, draw one picture, and stop: shows that this machine can do it."""
-    from zimage.demo import DemoPicture, run_demo  # loads torch to make the checkpoint
+    from zimage.demo import DemoPicture, run_demo
 
     picture = DemoPicture(prompt=prompt, size=size, steps=steps, seed=seed)
     set_environment({"data_dir": data_dir})
@@ -241,7 +240,7 @@ _DEVICES = {
 
 
 def _require_vision_model(settings: VisionSettings) -> None:
-    folder = settings.vl_model_path
+    folder = settings.vl_model_folder
     if folder is None or not (folder / "config.json").is_file():
         said = "no vision-language model is given" if folder is None else f"{folder} holds no Qwen3-VL model"
         raise CannotStart(f"{said}: name the directory of one with --vl-model-path")
@@ -250,6 +249,6 @@ def _require_vision_model(settings: VisionSettings) -> None:
 def _require_model(settings: ServiceSettings) -> None:
     assert isinstance(settings, ModelSettings)  # noqa: S101 - by the table that it comes from
     try:
-        require_parts(settings.model_path, *settings.parts)
+        require_parts(settings.model_folder, *settings.parts)
     except UnusableModel as error:
         raise CannotStart(str(error)) from None

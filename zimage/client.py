@@ -4,20 +4,26 @@ It knows no terminal: `zimage generate` and `zimage demo` show what it does.
 """
 
 import asyncio
+import base64
 import ipaddress
 import json
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx2
 
+from shared.events import ERROR
+from shared.events import MEDIA_TYPE as EVENTS
+from shared.schemas.diffusion import DONE, STEP, Done, Stepped
 from zimage.errors import CommandFailed
 
 CONNECT_TIMEOUT_S = 10.0
+MAX_EVENT_BYTES = 64 << 20  # the last one holds the PNG in base64
+_STRANGE = "{} answered, but not with a picture: is it a Z-Image server?"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _IHDR = struct.Struct(">8x4x4xII")  # signature, length and name of the first chunk, width, height
 
@@ -42,19 +48,30 @@ class Picture:
         return width, height
 
 
-async def request_picture(url: str, fields: Mapping[str, Any], *, timeout_s: float) -> Picture:
+async def request_picture(
+    url: str, fields: Mapping[str, Any], *, timeout_s: float, told: Callable[[Stepped], None] = lambda _: None
+) -> Picture:
     """Asks the server at `url` for the picture that `fields` of `POST /api/generate` describe. Raises NoPicture.
 
-    The server checks the fields: what it refuses comes back in its words. Cancelling closes the connection, which
-    stops the server's work on the picture.
+    The server checks the fields: what it refuses comes back in its words. `told` hears of every step as it is done.
+    Cancelling closes the connection, which stops the server's work on the picture.
     """
     base = _base_url(url)
     started = time.perf_counter()
+    headers = {"content-type": "application/json", "accept": f"{EVENTS}, image/png"}
     try:
-        async with asyncio.timeout(timeout_s), _http(base) as http:
-            response = await http.post(
-                "/api/generate", content=json.dumps(fields), headers={"content-type": "application/json"}
-            )
+        async with (
+            asyncio.timeout(timeout_s),
+            _http(base) as http,
+            http.stream("POST", "/api/generate", content=json.dumps(fields), headers=headers) as response,
+        ):
+            if not response.is_success:
+                await response.aread()
+                raise NoPicture(_refusal(response, base))
+            if response.headers.get("content-type", "").startswith(EVENTS):
+                png, answered = await _last_event(response, base, told)
+            else:
+                png, answered = await response.aread(), response.headers
     except TimeoutError:
         raise NoPicture(f"no picture came from {base} within {timeout_s:g} s: give it longer with --timeout") from None
     except (httpx2.ConnectError, httpx2.ConnectTimeout):
@@ -64,16 +81,32 @@ async def request_picture(url: str, fields: Mapping[str, Any], *, timeout_s: flo
     except httpx2.TransportError:
         raise NoPicture(f"the server at {base} closed the connection before the picture was done") from None
     seconds = time.perf_counter() - started
-    if not response.is_success:
-        raise NoPicture(_refusal(response, base))
-    if not response.content.startswith(PNG_SIGNATURE) or len(response.content) < _IHDR.size:
-        raise NoPicture(f"{base} answered, but not with a picture: is it a Z-Image server?")
+    if not png.startswith(PNG_SIGNATURE) or len(png) < _IHDR.size:
+        raise NoPicture(_STRANGE.format(base))
     return Picture(
-        png=response.content,
-        seed=response.headers.get("x-seed", "unknown"),
+        png=png,
+        seed=answered.get("x-seed", "unknown"),
         seconds=seconds,
-        server_timing=response.headers.get("server-timing", ""),
+        server_timing=answered.get("server-timing", ""),
     )
+
+
+async def _last_event(
+    response: httpx2.Response, base: str, told: Callable[[Stepped], None]
+) -> tuple[bytes, httpx2.Headers]:
+    """The PNG and its headers, at the end of the events of a picture."""
+    try:
+        async for event in httpx2.EventSource(response, max_event_size=MAX_EVENT_BYTES):
+            if event.event == STEP:
+                told(Stepped.model_validate_json(event.data))
+            elif event.event == ERROR:
+                raise NoPicture(str(json.loads(event.data)["detail"]))
+            elif event.event == DONE:
+                done = Done.model_validate_json(event.data)
+                return base64.b64decode(done.image_b64, validate=True), httpx2.Headers(done.headers)
+    except (ValueError, KeyError, TypeError):  # ValidationError and binascii.Error are ValueErrors
+        raise NoPicture(_STRANGE.format(base)) from None
+    raise NoPicture(f"the server at {base} closed the connection before the picture was done")
 
 
 def _base_url(url: str) -> str:

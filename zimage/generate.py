@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from shared.schemas.diffusion import Stepped
 from zimage.client import NoPicture, Picture, request_picture
 from zimage.progress import progress_bar
 
@@ -32,8 +33,12 @@ def generate(fields: Mapping[str, Any], output: Path, *, url: str, timeout_s: fl
 
 def _draw(body: Mapping[str, Any], *, url: str, timeout_s: float) -> Picture:
     with progress_bar(Console(stderr=True)) as progress:
-        progress.add_task("Drawing", total=None)  # the server tells no steps yet; with a total the bar shows them
-        return asyncio.run(request_picture(url, body, timeout_s=timeout_s))
+        task = progress.add_task("Waiting", total=None)
+
+        def told(done: Stepped) -> None:
+            progress.update(task, description="Drawing", total=done.steps, completed=done.step)
+
+        return asyncio.run(request_picture(url, body, timeout_s=timeout_s, told=told))
 
 
 def _check_output(output: Path, *, force: bool) -> None:

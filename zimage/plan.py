@@ -91,7 +91,7 @@ def rewriter_back_end(gateway: GatewaySettings, rewriter: RewriterSettings) -> B
 
 def runs_vl(gateway: GatewaySettings) -> bool:
     """Whether this machine runs a vl service of its own."""
-    return gateway.vl_url is None and gateway.vl_model_path is not None
+    return gateway.vl_url is None and gateway.vl_model_folder is not None
 
 
 def _urls(plans: Sequence[ServicePlan]) -> dict[str, str]:

@@ -15,6 +15,10 @@ from zimage.plan import GATEWAY, plan_services
 from zimage.supervisor import Supervisor
 
 READY_TIMEOUT_S = 1800.0  # a large model on a slow disk
+DEMO_NOTICE = (
+    "[yellow]No --model-path is given:[/] the bundled demo model draws, which knows simple shapes only. "
+    "`zimage download` gets Z-Image-Turbo."
+)
 log = structlog.get_logger(__name__)
 
 
@@ -22,6 +26,8 @@ async def serve_until_stopped(settings: GatewaySettings) -> None:
     """Runs the planned services until SIGTERM or Ctrl-C. Raises CannotStart when they cannot run."""
     configure_logs("supervisor", debug=settings.debug)
     console = Console(stderr=True)
+    if settings.model_path is None:
+        console.print(DEMO_NOTICE)
     stop = _stop_event()
     plans = plan_services(settings)
     async with Supervisor(plans, Logbook(settings.data_dir / "logs", echo=True)) as supervisor:

@@ -27,7 +27,7 @@ class State(TypedDict):
 
 
 def create_app(settings: DiffusionSettings, *, model: ZImageModel | None = None) -> FastAPI:
-    """The app; with `model` given that one is used instead of loading `settings.model_path`."""
+    """The app; with `model` given that one is used instead of loading `settings.model_folder`."""
     metrics = Metrics("diffusion")
 
     def fail(exit_code: int) -> None:

@@ -105,8 +105,15 @@ def key_of(settings: DiffusionSettings) -> str:
         f"{field}={getattr(settings, field)}"
         for field in ("diffusion_dtype", "attention", "flash_attn", "compile", "quantization", "cpu_offload")
     ]
-    path = settings.model_path.resolve() if settings.model_path is not None else None
-    return " ".join([name, f"torch={torch.__version__}", f"vae={settings.vae_device}", *options, str(path)])
+    return " ".join(
+        [
+            name,
+            f"torch={torch.__version__}",
+            f"vae={settings.vae_device}",
+            *options,
+            str(settings.model_folder.resolve()),
+        ]
+    )
 
 
 def _profiled(work: Callable[[], object]) -> int:

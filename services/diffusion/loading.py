@@ -56,7 +56,7 @@ def limits_of(settings: DiffusionSettings) -> Limits:
 
 def load_zimage(settings: DiffusionSettings) -> ZImageModel:
     """Loads `transformer`, `vae` and `scheduler` of the model directory. Raises UnusableModel."""
-    root = require_parts(settings.model_path, *settings.parts)
+    root = require_parts(settings.model_folder, *settings.parts)
     scheduler_config = read_json(root / "scheduler" / "scheduler_config.json")
     device = pick_device(settings.dit_device)
     require_room(root, settings, device)

@@ -26,7 +26,7 @@ class State(TypedDict):
 
 
 def create_app(settings: EncoderSettings, *, model: TextEncoder | None = None) -> FastAPI:
-    """The app; with `model` given that one is used instead of loading `settings.model_path`."""
+    """The app; with `model` given that one is used instead of loading `settings.model_folder`."""
     metrics = Metrics("encoder")
 
     def fail(exit_code: int) -> None:

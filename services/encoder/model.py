@@ -97,7 +97,7 @@ class TextEncoder:
 
 def load_text_encoder(settings: EncoderSettings) -> TextEncoder:
     """Loads `text_encoder` and `tokenizer` of the model directory. Raises UnusableModel."""
-    root = require_parts(settings.model_path, *settings.parts)
+    root = require_parts(settings.model_folder, *settings.parts)
     folder = root / "text_encoder"
     device = pick_device(settings.text_encoder_device)
     dtype = dtype_of(settings.text_encoder_dtype, checkpoint_dtype(folder))

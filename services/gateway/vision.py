@@ -85,7 +85,7 @@ class Vision:
             with suppress(Unreachable):
                 ids = await self._cache.ids()
         facts = None if self._client is None else self._client.facts
-        path = self._settings.vl_model_path
+        path = self._settings.vl_model_folder
         return VlStatus(
             available=available,
             configured=self._client is not None,

@@ -35,5 +35,5 @@ def _folders(settings: RewriterSettings) -> tuple[str, Path, Path]:
     if settings.rewriter_model_path is not None:
         folder = require_parts(settings.rewriter_model_path)
         return folder.resolve().name, folder, folder
-    root = require_parts(settings.model_path, *settings.parts)
+    root = require_parts(settings.model_folder, *settings.parts)
     return root.resolve().name, root / "text_encoder", root / "tokenizer"

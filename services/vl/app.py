@@ -27,7 +27,7 @@ class State(TypedDict):
 
 
 def create_app(settings: VlSettings, *, model: VisionModel | None = None) -> FastAPI:
-    """The app; with `model` given that one is used instead of reading `settings.vl_model_path`."""
+    """The app; with `model` given that one is used instead of reading `settings.vl_model_folder`."""
     metrics = Metrics("vl")
 
     def fail(exit_code: int) -> None:

@@ -211,7 +211,7 @@ def load_vision_model(settings: VlSettings) -> VisionModel:
 
 
 def _folder(settings: VlSettings) -> Path:
-    folder = settings.vl_model_path
+    folder = settings.vl_model_folder
     if folder is None:
         raise UnusableModel("no vision-language model is given: name its directory with --vl-model-path")
     if not folder.is_dir():

@@ -51,10 +51,11 @@ def model_rows(configuration: Configuration, tensors: ModuleType | None) -> list
     folders = encoder.parts * (configuration.runs_encoder or configuration.loads_second_encoder)
     folders += diffusion.parts * configuration.runs_diffusion
     try:
-        root = require_parts(encoder.model_path, *folders)
+        root = require_parts(encoder.model_folder, *folders)
     except UnusableModel as error:
         return [missing("model", str(error), "get one: `zimage download`, whose last line is the --model-path")]
-    rows, whole = [ok("model", str(root))], []
+    bundled = encoder.model_path is None
+    rows, whole = [ok("model", "the bundled demo model: simple shapes only" if bundled else str(root))], []
     for part in parts:
         row, weights = _part_row(root, part)
         rows.append(row)

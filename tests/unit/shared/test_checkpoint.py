@@ -32,11 +32,6 @@ def test_a_whole_checkpoint(tiny_checkpoint: Path) -> None:
         require_weights(tiny_checkpoint / part)
 
 
-def test_no_directory_is_given() -> None:
-    with pytest.raises(UnusableModel, match="--model-path"):
-        require_parts(None, "vae")
-
-
 def test_the_directory_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UnusableModel, match=r"/gone does not exist"):
         require_parts(tmp_path / "gone", "vae")

@@ -25,10 +25,10 @@ class TestModel:
             settings.setenv(f"ZIMAGE_{name.upper()}", value)
         return model.model_rows(configured(), tensors)
 
-    def test_no_model(self) -> None:
-        (row,) = model.model_rows(configured(), tensors)
-        assert row.state is State.MISSING
-        assert "--model-path" in row.detail
+    def test_without_a_path_the_bundled_model_is_used(self) -> None:
+        row, *_ = model.model_rows(configured(), tensors)
+        assert row.state is State.OK
+        assert "bundled demo model" in row.detail
 
     def test_only_parts_that_run_here_are_looked_at(self, tiny_checkpoint: Path, settings: pytest.MonkeyPatch) -> None:
         rows = self.rows(tiny_checkpoint, settings, encoder_only="true")

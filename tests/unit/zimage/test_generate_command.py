@@ -1,6 +1,8 @@
 """`zimage generate`: what it asks for, what it writes, and what it says when there is no picture."""
 
+import base64
 import io
+import json
 import signal
 import stat
 import subprocess
@@ -13,6 +15,7 @@ from rich.console import Console
 from scripted_server import Answer, Command, Script, png, scripted_server
 
 from tests.servers import environment, free_port, picture, run, serve, wait_until, zimage
+from zimage.client import request_picture
 from zimage.generate import generate
 from zimage.progress import progress_bar
 
@@ -70,6 +73,44 @@ def test_every_option_is_asked_for(command: Command, server: Script, tmp_path: P
 def test_what_json_cannot_say_is_left_to_the_server_to_refuse(server: Script, tmp_path: Path) -> None:
     generate({"prompt": "\udcff", "shift": float("nan")}, tmp_path / "a.png", url=server.url, timeout_s=5, force=False)
     assert server.bodies == [rb'{"prompt": "\udcff", "shift": NaN}']
+
+
+def events(*pairs: tuple[str, dict[str, object]], truncate_to: int | None = None) -> Answer:
+    body = "".join(f"event: {name}\ndata: {json.dumps(fields)}\n\n" for name, fields in pairs).encode()
+    return Answer(body=body, headers={"Content-Type": "text/event-stream"}, truncate_to=truncate_to)
+
+
+STEPS = [("step", {"index": 0, "step": n, "steps": 2, "seconds_left": 0.1}) for n in (1, 2)]
+DONE = ("done", {"index": 0, "headers": {"X-Seed": "7"}, "image_b64": base64.b64encode(PNG).decode()})
+
+
+async def test_a_server_that_tells_of_its_steps_is_listened_to() -> None:
+    heard: list[int] = []
+    queued = ("queued", {"id": "a", "place": 1})
+    with scripted_server(lambda _path, _body: events(queued, *STEPS, DONE)) as script:
+        drawn = await request_picture(script.url, {}, timeout_s=5, told=lambda step: heard.append(step.step))
+    assert (drawn.png, drawn.seed, heard) == (PNG, "7", [1, 2])
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (events(*STEPS, ("error", {"detail": "The device has no memory left."})), "The device has no memory left."),
+        (events(*STEPS), "closed the connection before the picture was done"),
+        (events(*STEPS, DONE, truncate_to=200), "closed the connection before the picture was done"),
+        (events(("step", {"step": "many"})), "not with a picture"),
+        (events(("done", {"headers": {}, "image_b64": "%"})), "not with a picture"),
+        (events(("done", {"headers": {}, "image_b64": "AAAA"})), "not with a picture"),
+        (events(("error", {})), "not with a picture"),
+    ],
+)
+def test_events_that_end_without_a_picture(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str], answer: Answer, said: str
+) -> None:
+    with scripted_server(lambda _path, _body: answer) as script:
+        assert command("generate", "A cat", "-o", tmp_path / "a.png", "--url", script.url) == 1
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert not list(tmp_path.iterdir())
 
 
 def test_standard_output_gets_the_picture_alone(
