@@ -12,6 +12,7 @@ from transformers import Qwen3ForCausalLM
 
 from demo_model.evaluate import Evaluation, report
 from demo_model.export import export_model, export_vision
+from demo_model.training.facts import teach_facts
 from demo_model.training.joint import train_together
 from demo_model.training.text import TextBatches, new_tokenizer, train_text_model
 from demo_model.training.vae import train_vae
@@ -41,6 +42,7 @@ def train(
     texts = TextBatches(tokenizer)
     vae = train_vae(work_dir, place)
     text = train_text_model(tokenizer, work_dir, place)
+    teach_facts(text, texts, work_dir, place)
     dit = train_together(text, vae, texts, work_dir, place)
     vision = train_vision_model(text, texts, work_dir, place)
     export(output_dir, tokenizer=tokenizer, vae=vae, text=text, dit=dit, vision=vision)

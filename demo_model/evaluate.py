@@ -29,7 +29,8 @@ from demo_model import captions
 from demo_model.captions import EVERYTHING, NOUNS, Said
 from demo_model.judge import Score, score
 from demo_model.render import render
-from demo_model.training.joint import HIDDEN_LAYER, resample
+from demo_model.training.joint import resample
+from demo_model.training.text import HIDDEN_LAYER
 from demo_model.world import Colour, Scene, random_scene
 from shared.chat import Conversation, format_prompt
 

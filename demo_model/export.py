@@ -12,8 +12,7 @@ from torch import nn
 from transformers import Qwen3ForCausalLM, Qwen3VLForConditionalGeneration
 
 from demo_model import captions
-from demo_model.training.joint import HIDDEN_LAYER
-from demo_model.training.text import TextBatches
+from demo_model.training.text import HIDDEN_LAYER, TextBatches
 from demo_model.training.vision import new_processor
 from demo_model.world import random_scene
 from zimage.checkpoints import MODEL_INDEX

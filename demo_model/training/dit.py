@@ -18,6 +18,7 @@ AXES_DIMS = (16, 24, 24)
 PATCH = 2
 MULTIPLE = 32  # both sequences are filled up to a multiple of this
 LAYERS = 5
+GATE = 0.3  # mean bias of the gates before their tanh, with random weights
 
 Rotation = tuple[Tensor, Tensor]
 
@@ -37,6 +38,11 @@ def new_dit() -> ZImageTransformer2DModel:
     )
     for token in (model.x_pad_token, model.cap_pad_token):
         nn.init.normal_(token, std=0.02)
+    with torch.no_grad():  # gates near 0 would let too little of the text through to learn from
+        for block in (*model.layers, *model.noise_refiner):
+            _, of_attention, _, of_feed_forward = block.adaLN_modulation[0].bias.view(4, -1)
+            of_attention += GATE
+            of_feed_forward += GATE
     return model
 
 

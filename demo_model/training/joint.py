@@ -13,10 +13,10 @@ from demo_model import captions
 from demo_model.training.dit import MULTIPLE, new_dit, predict, use_real_rotation
 from demo_model.training.latents import Example, Pool, examples_of, make_pool
 from demo_model.training.loop import Losses, Schedule, run_stage
-from demo_model.training.text import IGNORED, TextBatches, language_loss
+from demo_model.training.text import HIDDEN_LAYER, IGNORED, TextBatches, language_loss
 
-SCHEDULE = Schedule(steps=5000, learning_rate=1.2e-3, warmup=200)
-SMALL_ONLY = 0.45  # share of the steps before other sizes than 128x128 come
+SCHEDULE = Schedule(steps=3600, learning_rate=1.2e-3)
+SMALL_ONLY = 0.4  # share of the steps before other sizes than 128x128 come
 SIZES = ((128, 128), (256, 256), (192, 128), (128, 192), (256, 192), (192, 256), (320, 320))
 """Width and height in pixels; 256x256 has a larger part of the steps than the rest."""
 POOL = {(128, 128): 20_000, (256, 256): 4_000}
@@ -24,11 +24,9 @@ POOL_OTHERS = 600
 BLENDED = 3_000
 BATCH_TOKENS = 32 * 96  # image and text tokens of a batch
 REWRITING = 3  # conversations of the rewriter beside each batch
-LANGUAGE_WEIGHT = 0.1
+CAPTION_WEIGHT, REWRITE_WEIGHT = 0.03, 0.1
 SHIFT = 3.0
-PURE_NOISE = 0.15  # share of the examples at sigma 1, where only the text tells what to draw
-
-HIDDEN_LAYER = -2
+PURE_NOISE = (0.5, 0.15)  # share of the examples at sigma 1, where only the text tells what to draw: at first, later on
 
 
 class Pools:
@@ -84,7 +82,7 @@ def train_together(
             rewritten = text(tokens.to(device), use_cache=False).logits
         flow = nn.functional.mse_loss(output.float(), latents - noise)
         rewrite = language_loss(rewritten, targets.to(device))
-        return {"flow": flow, "caption": LANGUAGE_WEIGHT * language, "rewrite": LANGUAGE_WEIGHT * rewrite}
+        return {"flow": flow, "caption": CAPTION_WEIGHT * language, "rewrite": REWRITE_WEIGHT * rewrite}
 
     run_stage("joint", {"text": text, "dit": dit}, SCHEDULE, losses, folder)
     return dit
@@ -131,7 +129,8 @@ def _blend(states: Tensor, count: int, reference: Tensor, reference_count: int, 
 
 
 def _sigmas(rng: random.Random, count: int, share: float) -> Tensor:
-    pure = PURE_NOISE if share > 0.3 else 0.3
+    first, later = PURE_NOISE
+    pure = max(later, first - share)
     values = []
     for _ in range(count):
         base = torch.sigmoid(torch.tensor(rng.gauss(0.0, 1.2))).item()

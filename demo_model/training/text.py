@@ -23,6 +23,7 @@ MERGES = 1_900
 CORPUS = 12_000  # captions that the tokenizer's merges are learnt from
 IGNORED = -100  # a target that costs nothing
 WIDTH = 192
+HIDDEN_LAYER = -2  # which the DiT reads
 REWRITE_TOKENS = 448  # sequences are cut here; the longest system prompts come to a little less
 
 

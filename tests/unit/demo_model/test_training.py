@@ -10,12 +10,13 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from demo_model import captions
+from demo_model.training import facts
 from demo_model.training.dit import new_dit, predict, use_real_rotation
 from demo_model.training.joint import resample
 from demo_model.training.loop import Losses, Schedule, run_stage
 from demo_model.training.text import IGNORED, TextBatches, new_text_model, new_tokenizer
 from demo_model.training.vision import VisionBatches, new_vision_model
-from demo_model.world import random_scene
+from demo_model.world import Colour, Pattern, Place, Scene, Shape, Size, Thing, random_scene
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +108,27 @@ def test_rewriting_batches_learn_the_answer_only(tokenizer: Tokenizer) -> None:
         assert text.endswith("<|im_end|>")
         assert "<|im_start|>" not in text
         assert ("</think>" in text) != ("</think>" in asked)
+
+
+def test_the_facts_of_a_scene_are_answers_to_the_questions() -> None:
+    first = Thing(shape=Shape.HEART, colour=Colour.PINK, pattern=Pattern.DOTTED, size=Size.SMALL, place=Place.LEFT)
+    one = facts.answers(Scene(background=Colour.BLUE, things=(first,)))
+    assert one[:6] == [5, 7, 7, 3, 2, 0]
+    assert one[6:] == [IGNORED] * 5
+    rng = random.Random(1)
+    for _ in range(100):
+        right = facts.answers(random_scene(rng))
+        assert len(right) == len(facts.QUESTIONS)
+        assert all(a == IGNORED or 0 <= a < len(kind) for a, kind in zip(right, facts.QUESTIONS, strict=True))
+
+
+def test_facts_are_read_from_what_is_said_alone() -> None:
+    reader, states = facts.FactReader(), torch.randn(2, 10, 192)
+    said = torch.arange(10)[None] < torch.tensor([[4], [10]])
+    read = reader(states, said)
+    assert [logits.shape for logits in read] == [(2, len(kind)) for kind in facts.QUESTIONS]
+    alone = reader(states[:1, :4], said[:1, :4])
+    torch.testing.assert_close([logits[:1] for logits in read], list(alone))
 
 
 def test_resampling_keeps_the_ends_and_the_length_it_has() -> None:

@@ -1,0 +1,78 @@
+"""What a caption says, read from the text's hidden states: makes the language model gather it in every token.
+
+A colour's name stands in one token of fifty. A DiT with random weights sees the mean of them all, in which that token
+is lost, and for thousands of steps it learns to draw without the text. After this stage a linear layer reads all that
+a caption names from the mean of its hidden states, and the DiT follows it from the first hundred steps on.
+"""
+
+import random
+from enum import StrEnum
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import Qwen3ForCausalLM
+
+from demo_model import captions
+from demo_model.captions import EVERYTHING
+from demo_model.training.loop import Losses, Schedule, run_stage
+from demo_model.training.text import HIDDEN_LAYER, IGNORED, WIDTH, TextBatches, language_loss
+from demo_model.world import Colour, Pattern, Place, Scene, Shape, Size, random_scene
+
+SCHEDULE = Schedule(steps=400, learning_rate=1e-3, warmup=50)
+BATCH = 48
+LANGUAGE_WEIGHT = 0.05
+MOST_THINGS = 2
+_OF_A_THING: tuple[type[StrEnum], ...] = (Colour, Shape, Place, Pattern, Size)
+QUESTIONS: tuple[type[StrEnum], ...] = (Colour, *_OF_A_THING * MOST_THINGS)
+"""The background's colour, then what each thing is: a classifier for each."""
+
+
+class FactReader(nn.Module):
+    """Answers `QUESTIONS` from the mean hidden state of a caption."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.Linear(WIDTH, sum(len(kind) for kind in QUESTIONS))
+
+    def forward(self, states: Tensor, said: Tensor) -> tuple[Tensor, ...]:
+        """Logits of each question `[n, answers]`.
+
+        Args:
+            states: hidden states `[n, tokens, WIDTH]`, each token normed as the DiT norms it.
+            said: bool `[n, tokens]`, False where `states` is only filling.
+        """
+        normed = nn.functional.rms_norm(states.float(), (WIDTH,)) * said[..., None]
+        mean = normed.sum(1) / said.sum(1, keepdim=True)
+        return self.heads(mean).split([len(kind) for kind in QUESTIONS], dim=-1)
+
+
+def answers(scene: Scene) -> list[int]:
+    """The right answer to each question, `IGNORED` for a thing that the scene lacks."""
+    right = [list(Colour).index(scene.background)]
+    for thing in scene.things:
+        named = (thing.colour, thing.shape, thing.place, thing.pattern, thing.size)
+        right += [list(kind).index(value) for kind, value in zip(_OF_A_THING, named, strict=True)]
+    return right + [IGNORED] * (len(QUESTIONS) - len(right))
+
+
+def teach_facts(text: Qwen3ForCausalLM, texts: TextBatches, folder: Path, device: torch.device) -> None:
+    """Trains the language model further, on captions that name everything."""
+    torch.manual_seed(4)
+    reader = FactReader().to(device)
+
+    def losses(step: int) -> Losses:
+        rng = random.Random(4_000_000 + step)
+        scenes = [random_scene(rng) for _ in range(BATCH)]
+        rows = [texts.prompt_ids(captions.caption(scene, EVERYTHING, rng)) for scene in scenes]
+        tokens = texts.pad(rows, max(len(row) for row in rows))
+        said = torch.arange(tokens.shape[1])[None] < torch.tensor([len(row) for row in rows])[:, None]
+        targets = torch.tensor([answers(scene) for scene in scenes]).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            output = text(tokens.to(device), use_cache=False, output_hidden_states=True)
+        read = reader(output.hidden_states[HIDDEN_LAYER], said.to(device))
+        wrong = [nn.functional.cross_entropy(r, t, ignore_index=IGNORED) for r, t in zip(read, targets.T, strict=True)]
+        language = language_loss(output.logits, tokens.masked_fill(~said, IGNORED).to(device))
+        return {"facts": torch.stack(wrong).mean(), "caption": LANGUAGE_WEIGHT * language}
+
+    run_stage("facts", {"text": text, "reader": reader}, SCHEDULE, losses, folder)
