@@ -4,23 +4,20 @@ They draw noise, but through the real architecture: Qwen3 text encoder, Z-Image 
 """
 
 import json
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler
 from tokenizers import Tokenizer
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
+from zimage.architecture import Shape, make_text_encoder, make_transformer, make_vae
 from zimage.tokenizer import save_tokenizer, train_tokenizer
 
-AXES_LENS = (1536, 512, 512)  # of the published checkpoint: 1504 tokens of text, 512 patches a side
-LATENT_CHANNELS = 16
-SCALING_FACTOR, SHIFT_FACTOR = 0.3611, 0.1159
 VISION_PATCH = 16
 VISION_LAYERS = 8  # the API reads layers -1 to -6; the first one is changed by the vision tower's own states
 FORMAT_VERSION = 2  # raise it when the layout below changes: older directories are then made anew
@@ -32,21 +29,6 @@ class Size(StrEnum):
     TINY = "tiny"
     SMALL = "small"
     BENCH = "bench"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
-    """Sizes of the parts; the DiT's width is `heads * sum(axes_dims)`."""
-
-    text_width: int
-    text_layers: int
-    text_heads: int
-    heads: int
-    axes_dims: tuple[int, int, int]
-    layers: int
-    refiner_layers: int
-    vae_channels: tuple[int, int, int, int]
-    vae_attention: bool = True
 
 
 SHAPES = {
@@ -97,9 +79,9 @@ def make_checkpoint(folder: Path, *, size: Size = Size.TINY, dtype: str = "bfloa
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         parts = {
-            "text_encoder": _text_encoder(shape, tokenizer.get_vocab_size()),
-            "transformer": _transformer(shape),
-            "vae": _vae(shape),
+            "text_encoder": make_text_encoder(shape, tokenizer.get_vocab_size()),
+            "transformer": make_transformer(shape),
+            "vae": make_vae(shape),
         }
     transformers_logging.disable_progress_bar()  # a shard of kilobytes is written before a bar is drawn
     for name, part in parts.items():
@@ -147,22 +129,6 @@ MODEL_INDEX = {
 }
 
 
-def _text_encoder(shape: Shape, vocabulary: int) -> Any:
-    config = Qwen3Config(
-        vocab_size=vocabulary,
-        hidden_size=shape.text_width,
-        intermediate_size=3 * shape.text_width,
-        num_hidden_layers=shape.text_layers,
-        num_attention_heads=shape.text_heads,
-        num_key_value_heads=max(1, shape.text_heads // 4),
-        head_dim=shape.text_width // shape.text_heads,
-        max_position_embeddings=40_960,
-        rope_theta=1_000_000.0,
-        tie_word_embeddings=True,
-    )
-    return Qwen3ForCausalLM(config)
-
-
 def _vision_model(shape: Shape, tokenizer: Tokenizer) -> Any:
     head = shape.text_width // shape.text_heads
     config = Qwen3VLConfig(
@@ -201,37 +167,3 @@ def _vision_model(shape: Shape, tokenizer: Tokenizer) -> Any:
         tie_word_embeddings=True,
     )
     return Qwen3VLForConditionalGeneration(config)
-
-
-def _transformer(shape: Shape) -> Any:
-    model = ZImageTransformer2DModel(
-        in_channels=LATENT_CHANNELS,
-        dim=shape.heads * sum(shape.axes_dims),
-        n_layers=shape.layers,
-        n_refiner_layers=shape.refiner_layers,
-        n_heads=shape.heads,
-        n_kv_heads=shape.heads,
-        cap_feat_dim=shape.text_width,
-        axes_dims=list(shape.axes_dims),
-        axes_lens=list(AXES_LENS),
-    )
-    for token in (model.x_pad_token, model.cap_pad_token):  # zeros by default, which would hide errors of padding
-        torch.nn.init.normal_(token, std=0.02)
-    return model
-
-
-def _vae(shape: Shape) -> Any:
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=shape.vae_channels,
-        layers_per_block=1,
-        latent_channels=LATENT_CHANNELS,
-        norm_num_groups=8,
-        mid_block_add_attention=shape.vae_attention,
-        scaling_factor=SCALING_FACTOR,
-        shift_factor=SHIFT_FACTOR,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        force_upcast=False,
-    )

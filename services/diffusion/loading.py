@@ -1,5 +1,6 @@
 """Loads DiT and VAE of a Z-Image directory and makes of them what the options ask for. Knows no request."""
 
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -58,12 +59,22 @@ def load_zimage(settings: DiffusionSettings) -> ZImageModel:
     """Loads `transformer`, `vae` and `scheduler` of the model directory. Raises UnusableModel."""
     root = require_parts(settings.model_folder, *settings.parts)
     scheduler_config = read_json(root / "scheduler" / "scheduler_config.json")
-    device = pick_device(settings.dit_device)
-    require_room(root, settings, device)
+    require_room(root, settings, pick_device(settings.dit_device))
     transformer = _load(ZImageTransformer2DModel, root / "transformer", settings)
-    vae_device = pick_device(settings.vae_device)
-    vae = _load(AutoencoderKL, root / "vae", settings).to(vae_device)
+    vae = _load(AutoencoderKL, root / "vae", settings)
     _check_fit(root, transformer, vae)
+    model = assemble(transformer, vae, scheduler_config, settings)
+    log.info("diffusion model loaded", model_path=str(root), vae_device=str(vae.device), **_logged(model.facts))
+    return model
+
+
+def assemble(
+    transformer: Any, vae: Any, scheduler_config: Mapping[str, Any], settings: DiffusionSettings
+) -> ZImageModel:
+    """A model of these parts, which are put where the settings have them and made what the options ask for; with
+    --compile it draws first what is to be compiled. Raises UnusableModel."""
+    device, vae_device = pick_device(settings.dit_device), pick_device(settings.vae_device)
+    vae.to(vae_device)
     prepare_vae(vae, settings)
     preview = _fit_preview(vae)
     takes_masks = _prepare(transformer, settings, device)
@@ -88,7 +99,6 @@ def load_zimage(settings: DiffusionSettings) -> ZImageModel:
     model = ZImageModel(parts, footprint_of(transformer, vae, settings, read_measured(settings)))
     if settings.compile:
         try_compiled(lambda: _rehearse(model, settings))
-    log.info("diffusion model loaded", model_path=str(root), vae_device=str(vae_device), **_logged(model.facts))
     return model
 
 
