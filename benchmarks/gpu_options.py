@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.models.attention_dispatch import attention_backend
 from safetensors.torch import save_file
 
 from benchmarks.gpu_models import SHIFT, Models
@@ -65,6 +66,7 @@ OPTIONS = (  # what matters most first: there may not be time for all
 def built(models: Models, option: Option) -> Iterator[ZImageModel]:
     """A model with that option. Raises UnusableModel where this machine lacks what it needs."""
     with ExitStack() as stack:
+        stack.enter_context(attention_backend())  # diffusers keeps what was chosen last for the next model
         device, folder = Device(models.device.type), None
         if option.lora:
             folder = Path(stack.enter_context(TemporaryDirectory()))

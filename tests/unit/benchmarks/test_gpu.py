@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models import attention_dispatch
 
 from benchmarks import gpu
 from benchmarks.gpu_models import PUBLISHED, TINY, make_models, numbers_of, step_operations
-from benchmarks.gpu_options import OPTIONS
+from benchmarks.gpu_options import OPTIONS, Option, built
 from benchmarks.gpu_report import BASELINE
 from services.diffusion.kernels import KERNELS
 from shared.settings import Quantization
@@ -74,6 +75,15 @@ def test_what_fails_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     found = play(tmp_path / "gpu.json", "--most", "1", "--only", "engine", "--only", "native")
     assert {found["left_out"][name] for name in ("engine", "native")} == {"a kernel's own text"}
     assert {row["option"] for row in found["rows"]} == {BASELINE}
+
+
+def test_an_option_leaves_the_next_one_its_attention() -> None:
+    registry = attention_dispatch._AttentionBackendRegistry
+    models = make_models(TINY, CPU)
+    with attention_dispatch.attention_backend("_native_math"):
+        with built(models, Option(name="native", settings={"attention": "native"})):
+            assert registry.get_active_backend()[0] == "native"
+        assert registry.get_active_backend()[0] == "_native_math"
 
 
 def test_every_option_of_the_service_is_among_those_measured() -> None:
