@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from services.diffusion.model import Denoising, ZImageModel
+from services.diffusion.denoising import Denoising
+from services.diffusion.model import ZImageModel
 from shared.schemas.diffusion import DiffusionParameters
 from shared.schemas.fields import LongPromptMode
 from shared.tensors import to_chunks

@@ -26,6 +26,11 @@ FILE = "calibration.json"
 FORMAT = 1
 SIZES = ("128x128", "256x256", "512x512", "768x768", "1024x1024", "1536x1536", "2048x2048")
 TOKENS = 96  # of a prompt of middling length
+OPTIONS = (
+    *("diffusion_dtype", "attention", "flash_attn", "compile", "quantization", "cpu_offload", "offload_mode"),
+    *("cache_dit", "vae_tiling_pixels", "vae_channels_last"),
+)
+"""Settings that change how much memory work takes."""
 _ALLOCATION = "[memory]"
 
 log = structlog.get_logger(__name__)
@@ -40,6 +45,7 @@ def footprint_of(transformer: Any, vae: Any, settings: DiffusionSettings, measur
         vae_width=vae.config.block_out_channels[min(1, len(vae.config.block_out_channels) - 1)],
         vae_item_bytes=vae.dtype.itemsize,
         tiling_pixels=settings.vae_tiling_pixels,
+        decode_pixels=settings.vae_batch_pixels,
         measured=measured,
     )
 
@@ -55,6 +61,7 @@ def measure(model: ZImageModel, settings: DiffusionSettings, sizes: Sequence[str
             picture = model.start(_parameters(width, height), torch.zeros(TOKENS, model.facts.text_width), None)
             step[picture.shape.tokens] = peak_bytes(model.facts.device, partial(model.step, [picture]))
             decode[picture.shape.pixels] = peak_bytes(model.facts.device, partial(model.decode, [picture]))
+            log.info("measured", width=width, height=height)
         except OutOfMemory:
             log.info("the device is too small for this size", width=width, height=height)
             break
@@ -101,19 +108,9 @@ def key_of(settings: DiffusionSettings) -> str:
     """What decides how much memory work takes: the device, the model and the options, in one line."""
     device = pick_device(settings.dit_device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    options = [
-        f"{field}={getattr(settings, field)}"
-        for field in ("diffusion_dtype", "attention", "flash_attn", "compile", "quantization", "cpu_offload")
-    ]
-    return " ".join(
-        [
-            name,
-            f"torch={torch.__version__}",
-            f"vae={settings.vae_device}",
-            *options,
-            str(settings.model_folder.resolve()),
-        ]
-    )
+    options = [f"{field}={getattr(settings, field)}" for field in OPTIONS]
+    folder = str(settings.model_folder.resolve())
+    return " ".join([name, f"torch={torch.__version__}", f"vae={settings.vae_device}", *options, folder])
 
 
 def _profiled(work: Callable[[], object]) -> int:

@@ -6,6 +6,7 @@ about one and a half times what was measured on checkpoints of several widths, i
 """
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -14,7 +15,9 @@ from services.diffusion.shapes import Shape
 STEP_FACTOR = 24  # measured: 16 to 17 numbers of the block's width for each token
 DECODE_FACTOR = 6  # measured: 3.5 to 5.5 numbers for each pixel and channel of the last layer but one
 MARGIN = 1.1  # on what was measured: allocators round, and kernels keep a little for themselves
-DISTRUST, MOST_DISTRUST = 1.25, 4.0
+DISTRUST, MOST_DISTRUST, TRUST = 1.25, 4.0, 0.98
+"""After an error pictures that are made together are expected to take so many times as much, up to so many in all;
+after each picture that is done so many times."""
 TILE_PX = 512  # a side of what the VAE decodes at a time when it decodes in tiles
 LATENT_BYTES_PER_PIXEL = 1  # 16 channels of float32 for 64 pixels, and as much again for the last velocity
 
@@ -32,7 +35,8 @@ class Measured:
 
 @dataclass(slots=True, kw_only=True)
 class Footprint:
-    """Memory of the work on one model. Widths are in numbers, item sizes in bytes."""
+    """Memory of the work on one model. Widths are in numbers, item sizes in bytes; `decode_pixels` of several pictures
+    are decoded at once."""
 
     width: int
     text_width: int
@@ -40,13 +44,14 @@ class Footprint:
     vae_width: int
     vae_item_bytes: int
     tiling_pixels: int
+    decode_pixels: int = 0
     measured: Measured = field(default_factory=Measured)
-    trust: float = 1.0
+    distrust: float = 1.0
 
     def step(self, tokens: int) -> int:
         """Bytes of a forward of so many tokens, all its items together."""
         formula = STEP_FACTOR * self.width * self.item_bytes
-        return int(self.trust * _estimate(self.measured.step, tokens, formula))
+        return int(_estimate(self.measured.step, tokens, formula))
 
     def decode(self, pixels: int) -> int:
         """Bytes of a decoding of so many pixels at once."""
@@ -54,7 +59,7 @@ class Footprint:
         points = {size: taken for size, taken in self.measured.decode.items() if (size > self.tiling_pixels) == tiled}
         at_once = min(pixels, TILE_PX**2) + pixels // self.vae_width if tiled and not points else pixels
         formula = DECODE_FACTOR * self.vae_width * self.vae_item_bytes
-        return int(self.trust * _estimate(points, at_once, formula))
+        return int(_estimate(points, at_once, formula))
 
     def held(self, shape: Shape) -> int:
         """Bytes that a picture holds from its first step to its last: latents and embeddings."""
@@ -62,12 +67,20 @@ class Footprint:
         return LATENT_BYTES_PER_PIXEL * 2 * shape.pixels + embeddings
 
     def together(self, running: Sequence[Shape]) -> int:
-        """Bytes that these pictures take at most at a time: one group steps, or one picture is decoded."""
+        """Bytes that these pictures take at most at a time: one group steps, or its small pictures are decoded.
+
+        One alone is always given a try: what was learned from errors is about pictures together.
+        """
         if not running:
             return 0
-        steps = max(self.step(running.count(shape) * shape.tokens) for shape in set(running))
-        decodings = max(self.decode(shape.pixels) for shape in set(running))
-        return sum(map(self.held, running)) + max(steps, decodings)
+        counts = Counter(running)
+        steps = max(self.step(count * shape.tokens) for shape, count in counts.items())
+        decodings = max(
+            max(1, min(count, self.decode_pixels // shape.pixels)) * self.decode(shape.pixels)
+            for shape, count in counts.items()
+        )
+        times = self.distrust if len(running) > 1 else 1.0
+        return sum(map(self.held, running)) + int(times * max(steps, decodings))
 
     def most_pixels(self, shape: Shape, room: int) -> int:
         """Pixels of the largest picture of that form which takes at most `room` bytes."""
@@ -80,9 +93,13 @@ class Footprint:
             low, high = (middle, high) if taken <= room else (low, middle)
         return low
 
-    def distrust(self) -> None:
-        """The device ran out of memory all the same: from now on expect more."""
-        self.trust = min(self.trust * DISTRUST, MOST_DISTRUST)
+    def note_error(self) -> None:
+        """The device ran out of memory all the same: for a while expect more."""
+        self.distrust = min(self.distrust * DISTRUST, MOST_DISTRUST)
+
+    def note_success(self) -> None:
+        """A picture is done."""
+        self.distrust = max(self.distrust * TRUST, 1.0)
 
 
 def _estimate(points: Points, size: int, formula: float) -> float:

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
-from services.diffusion.model import Denoising
+from services.diffusion.denoising import Denoising
 from services.diffusion.shapes import Shape
 from shared.jobs import Job
 from shared.schemas.diffusion import DiffusionParameters

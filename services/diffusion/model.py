@@ -16,12 +16,13 @@ import torch
 from services.diffusion.adapters import Adapters
 from services.diffusion.blending import blend
 from services.diffusion.cores import Cores
+from services.diffusion.denoising import Denoising
 from services.diffusion.fitting import fit, text_limit
 from services.diffusion.footprint import Footprint
 from services.diffusion.guidance import guide, guided_steps
 from services.diffusion.preview import PreviewMap
 from services.diffusion.schedule import first_noise, make_scheduler
-from services.diffusion.shapes import Lora, Shape, padded, shape_of
+from services.diffusion.shapes import Lora, Shape, padded
 from shared.errors import InvalidField, OutOfMemory
 from shared.schemas.diffusion import DiffusionParameters
 from shared.tensors import free_memory, from_message, is_out_of_memory, total_memory
@@ -41,39 +42,6 @@ class ModelFacts:
     dtype: str
     text_width: int
     text_limit: int
-
-
-@dataclass(slots=True, eq=False, weakref_slot=True, kw_only=True)
-class Denoising:
-    """A picture in the making. `latents` and `velocity`, the last step's, are float32 [channels, height, width]; the
-    embeddings are [tokens, width] in the DiT's dtype; `step` counts the steps that are done, of which `guided` says
-    whether each has guidance."""
-
-    parameters: DiffusionParameters
-    latents: torch.Tensor
-    text: torch.Tensor
-    negative: torch.Tensor | None
-    scheduler: Any
-    guided: Sequence[bool]
-    loras: tuple[Lora, ...] = ()
-    velocity: torch.Tensor | None = None
-    step: int = field(default=0)
-
-    @property
-    def finished(self) -> bool:
-        """All steps are done."""
-        return self.step >= self.parameters.steps
-
-    @property
-    def guides(self) -> bool:
-        """The next step has guidance, which takes two forwards' worth of work."""
-        return self.negative is not None and not self.finished and self.guided[self.step]
-
-    @property
-    def shape(self) -> Shape:
-        """Of the next step."""
-        negative = len(self.negative) if self.negative is not None and self.guides else None
-        return shape_of(self.parameters, text=len(self.text), negative=negative, loras=self.loras)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,35 +116,26 @@ class ZImageModel:
         Answers those whose numbers overflowed. Raises OutOfMemory; then no picture of the group has changed.
         """
         self.adapters.use(group[0].loras)
-        velocities = self._within_memory(partial(self.parts.cores.each, self._velocities, group))
-        for picture, velocity in zip(group, velocities, strict=True):
-            timestep = picture.scheduler.timesteps[picture.step]
-            picture.latents = picture.scheduler.step(velocity, timestep, picture.latents, return_dict=False)[0]
-            picture.velocity = velocity
+        velocities, latents, finite = self._within_memory(partial(self._moved, group))
+        for picture, velocity, moved in zip(group, velocities, latents, strict=True):
+            picture.latents, picture.velocity = moved, velocity
             picture.step += 1
-        finite = torch.stack([torch.isfinite(picture.latents).all() for picture in group]).tolist()
         return [picture for picture, good in zip(group, finite, strict=True) if not good]
 
     @torch.inference_mode()
     def decode(self, pictures: Sequence[Denoising]) -> Sequence[Any]:
         """Finished pictures of one size, each as a numpy array uint8 [height, width, 3], or None where its numbers
         overflowed. Raises OutOfMemory."""
-        images = torch.stack(self._within_memory(partial(self.parts.cores.each, self._images, pictures)))
-        finite = torch.isfinite(images).flatten(1).all(1).tolist()
-        pixels = (images * 0.5 + 0.5).clamp(0, 1).float()
-        arrays = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
-        return [array if good else None for array, good in zip(arrays, finite, strict=True)]
+        return self._within_memory(partial(self._decode, pictures))
 
     @torch.inference_mode()
     def preview(self, picture: Denoising) -> Any:
         """What the picture looks like after its last step, as a numpy array uint8 [height / 8, width / 8, 3].
 
-        The step's velocity points from the noise to where the model expects the picture. None without a map.
+        The step's velocity points from the noise to where the model expects the picture. None without a map. Raises
+        OutOfMemory.
         """
-        if self.parts.preview is None or picture.velocity is None:
-            return None
-        expected = picture.latents - picture.scheduler.sigmas[picture.step] * picture.velocity
-        return self.parts.preview.draw(expected)
+        return self._within_memory(partial(self._preview, picture))
 
     def rehearse(self, parameters: DiffusionParameters, *, tokens: int, pictures: int = 1) -> None:
         """Makes one step of pictures that nobody asked for. Raises what the forward raises."""
@@ -225,11 +184,56 @@ class ZImageModel:
             loras=loras,
         )
         if self.parts.before_picture is not None:
-            if negative is not None and not all(picture.guided):
-                raise InvalidField("'cfg_truncation' must be 1 here: this server skips blocks by comparing steps.")
+            self._check_comparable(picture)
             self.parts.before_picture(parameters.steps)
         self._live.add(picture)
         return picture
+
+    def _check_comparable(self, picture: Denoising) -> None:
+        """Raises InvalidField for a picture whose forwards cannot be compared with each other, one step's with the
+        next one's."""
+        negative = picture.negative
+        if negative is None:
+            return
+        if not all(picture.guided):
+            raise InvalidField("'cfg_truncation' must be 1 here: this server skips blocks by comparing steps.")
+        if not self.parts.takes_masks and padded(len(negative)) != padded(len(picture.text)):
+            raise InvalidField(
+                "'guidance_scale' must be 0 for these texts: this server skips blocks by comparing steps, and its "
+                "attention kernels take texts of unlike length one after the other."
+            )
+
+    def _moved(
+        self, group: Sequence[Denoising]
+    ) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor], Sequence[bool]]:
+        """Velocity and new latents of each, and whether these are finite. Fails for all or for none: then the
+        schedulers are where they were."""
+        velocities = self.parts.cores.each(self._velocities, group)
+        try:
+            latents = [
+                picture.scheduler.step(
+                    velocity, picture.scheduler.timesteps[picture.step], picture.latents, return_dict=False
+                )[0]
+                for picture, velocity in zip(group, velocities, strict=True)
+            ]
+            return velocities, latents, torch.stack([torch.isfinite(one).all() for one in latents]).tolist()
+        except RuntimeError:
+            for picture in group:
+                picture.scheduler._step_index = picture.step  # has no way back of its own
+            raise
+
+    def _decode(self, pictures: Sequence[Denoising]) -> Sequence[Any]:
+        images = torch.stack(self.parts.cores.each(self._images, pictures))
+        finite = torch.isfinite(images).flatten(1).all(1).tolist()
+        pixels = (images * 0.5 + 0.5).clamp(0, 1).float()
+        arrays = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        return [array if good else None for array, good in zip(arrays, finite, strict=True)]
+
+    def _preview(self, picture: Denoising) -> Any:
+        if self.parts.preview is None or picture.velocity is None:
+            return None
+        expected = picture.latents - picture.scheduler.sigmas[picture.step] * picture.velocity
+        return self.parts.preview.draw(expected)
 
     def _images(self, pictures: Sequence[Denoising]) -> Sequence[torch.Tensor]:
         """What the VAE makes of them, each [3, height, width], about -1 to 1."""

@@ -1,6 +1,6 @@
 """What decides whether pictures can share a forward of the DiT, and how large it then is. Knows no tensors."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from shared.schemas.diffusion import DiffusionParameters
 from shared.schemas.fields import SIDE_MULTIPLE_PX
@@ -38,10 +38,6 @@ class Shape:
         picture = padded((self.height // SIDE_MULTIPLE_PX) * (self.width // SIDE_MULTIPLE_PX))
         items = 2 if self.negative_tokens else 1
         return items * (picture + max(self.text_tokens, self.negative_tokens))
-
-    def unguided(self) -> "Shape":
-        """The same without guidance, as a picture is in its last steps when guidance is cut off."""
-        return replace(self, negative_tokens=0)
 
 
 def shape_of(parameters: DiffusionParameters, *, text: int, negative: int | None, loras: tuple[Lora, ...]) -> Shape:

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 import structlog
 
+from services.diffusion.denoising import Denoising
 from services.diffusion.jobs import Drawn, PictureJob, Sketch, Waits
-from services.diffusion.model import Denoising, ZImageModel
+from services.diffusion.model import ZImageModel
 from services.diffusion.order import Limits, admissible, decoded_together, in_line, next_group
 from shared.errors import (
     DeviceFailed,
@@ -82,10 +83,8 @@ class StepScheduler:
         """Ends every picture with an error, those in the making with another than those that wait."""
         with self._lock:
             left, self._waiting = self._waiting, []
-        for job in self._running:
-            job.fail(begun)
-        for job in left:
-            job.fail(waiting)
+        for job in (*self._running, *left):
+            job.fail(waiting if job.denoising is None else begun)
 
     def tick(self, model: ZImageModel) -> bool:
         """Moves pictures on by one step of one group; answers whether there may be more to do."""
@@ -173,9 +172,16 @@ class StepScheduler:
             return
         job.tell(job.told_step())
         if job.denoising is not None and job.wants_sketch():
-            pixels = model.preview(job.denoising)
-            if pixels is not None:
-                job.tell(Sketch(job.step, pixels))
+            self._sketch(model, job, job.denoising)
+
+    def _sketch(self, model: ZImageModel, job: PictureJob, denoising: Denoising) -> None:
+        try:
+            pixels = model.preview(denoising)
+        except Exception as error:  # noqa: BLE001 - a preview that fails costs nobody the picture
+            self._look_at(model, [job], error)
+            return
+        if pixels is not None:
+            job.tell(Sketch(job.step, pixels))
 
     def _finish(self, model: ZImageModel, finished: Sequence[PictureJob]) -> None:
         """Decodes pictures of one size whose steps are done, unless nobody waits for them any more."""
@@ -204,6 +210,7 @@ class StepScheduler:
             else:
                 self._running.remove(job)
                 job.resolve(Drawn(pixels))
+                model.footprint.note_success()
 
     def _fail(self, model: ZImageModel, jobs: Sequence[PictureJob], error: Exception) -> None:
         """Ends pictures with an error of theirs. Raises what says that the device is lost."""
@@ -217,7 +224,7 @@ class StepScheduler:
         if isinstance(error, DEVICE_ERROR):
             raise error
         if isinstance(error, OutOfMemory):
-            model.footprint.distrust()
+            model.footprint.note_error()
             log.warning("the device ran out of memory", request_ids=[job.request.request_id for job in jobs])
         elif not isinstance(error, ServiceError):
             ids = [job.request.request_id for job in jobs]

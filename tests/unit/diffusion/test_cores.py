@@ -8,7 +8,8 @@ import torch
 from fakes import embeddings, parameters
 
 from services.diffusion.cores import Cores
-from services.diffusion.model import Denoising, ZImageModel
+from services.diffusion.denoising import Denoising
+from services.diffusion.model import ZImageModel
 
 
 @pytest.fixture(autouse=True)

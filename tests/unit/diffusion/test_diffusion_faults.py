@@ -14,8 +14,9 @@ from engines import ONE_BY_ONE, draw, drawn_by, hold, pixels_of, queue, request,
 from fakes import WatchedModel, embeddings
 from inprocess import eventually
 
-from services.diffusion.engine import DiffusionEngine
-from services.diffusion.model import Denoising, ZImageModel
+from services.diffusion.denoising import Denoising
+from services.diffusion.engine import DiffusionEngine, PreviewReady
+from services.diffusion.model import ZImageModel
 from shared.device_thread import EXIT_DEVICE_FAILED
 from shared.errors import DeviceFailed, InternalError, InvalidField, NotBegun, NumericalError, OutOfMemory, Unready
 from shared.tensors import is_out_of_memory
@@ -77,10 +78,11 @@ async def test_a_group_that_is_too_large_goes_on_in_halves(model: WatchedModel) 
         first = await hold(engine, model, seed=1, steps=3)
         tasks = await queue(engine, 3, steps=3)
         model.break_group = lambda group: FULL if len(group) > 2 else None
-        before = model.footprint.step(1000)
+        shapes = [job.shape for job in engine.pictures.running] * 2
+        before = model.footprint.together(shapes)
         model.gate.set()
         await asyncio.gather(first, *tasks)
-        assert model.footprint.step(1000) > before, "what did not fit is expected to take more from now on"
+        assert model.footprint.together(shapes) > before, "what did not fit is expected to take more from now on"
 
 
 async def test_pictures_too_large_to_be_decoded_at_once_are_decoded_one_by_one(model: WatchedModel) -> None:
@@ -120,6 +122,41 @@ async def test_embeddings_that_are_not_finite_fail_alone(zimage_model: ZImageMod
         with pytest.raises(InvalidField, match="'negative' hold values"):
             await draw(engine, request(broken, guidance_scale=2.0))
         await draw(engine, request(broken))  # without guidance nobody looks at them
+
+
+async def test_a_preview_that_fails_costs_nobody_the_picture(
+    model: WatchedModel, monkeypatch: pytest.MonkeyPatch, log: list[Any]
+) -> None:
+    failing: list[Exception] = [FULL, RuntimeError("a library's own text"), FULL]
+
+    def preview(_: Denoising) -> None:
+        raise failing.pop()
+
+    monkeypatch.setattr(model, "preview", preview)
+    async with running(model) as engine:
+        told = [item async for item in engine.generate(request(preview_every=1, steps=4), watched=True)]
+        assert engine.device.unready_reason() is None
+    assert failing == []
+    assert not any(isinstance(item, PreviewReady) for item in told)
+    assert np.array_equal(pixels_of(told[-1]), drawn_by(model.inner))
+    assert [entry["event"] for entry in log].count("the device ran out of memory") == 2
+
+
+async def test_what_was_chosen_but_not_begun_is_told_so(model: WatchedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gateway sends such a picture again; one that was in the making is lost."""
+
+    def start(wanted: Any, *arguments: Any) -> Denoising:
+        if wanted.seed == 100:
+            raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+        return model.inner.start(wanted, *arguments)
+
+    async with running(model) as engine:
+        first = await hold(engine, model)
+        tasks = await queue(engine, 2)
+        monkeypatch.setattr(model, "start", start)
+        model.gate.set()
+        ends = await asyncio.gather(first, *tasks, return_exceptions=True)
+    assert [type(end) for end in ends] == [DeviceFailed, NotBegun, NotBegun]
 
 
 @pytest.mark.parametrize("at_once", [True, False])

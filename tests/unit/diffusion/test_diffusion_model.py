@@ -11,8 +11,9 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
 from fakes import TEXT_WIDTH, embeddings, parameters
 
+from services.diffusion.denoising import Denoising
 from services.diffusion.loading import load_zimage
-from services.diffusion.model import Denoising, ZImageModel
+from services.diffusion.model import ZImageModel
 from services.diffusion.settings import DiffusionSettings
 from services.encoder.model import TextEncoder
 from shared.chat import Conversation, format_prompt
@@ -70,6 +71,8 @@ def ask_pipeline(pipeline: Any, wanted: DiffusionParameters, output_type: str, *
         width=wanted.width,
         num_inference_steps=wanted.steps,
         guidance_scale=wanted.guidance_scale,
+        cfg_normalization=wanted.cfg_normalization,
+        cfg_truncation=wanted.cfg_truncation,
         generator=torch.Generator("cpu").manual_seed(wanted.seed),
         output_type=output_type,
         **prompt,
@@ -86,6 +89,15 @@ CASES = {
     "shift 1": {"shift": 1.0},
     "shift 6.5": {"shift": 6.5},
     "guided": {"guidance_scale": 4.5},
+    "guided, shortened": {"guidance_scale": 4.5, "cfg_normalization": 1.0},
+    "guided, shortened more": {"guidance_scale": 2.0, "cfg_normalization": 0.4},
+    "guided to the half": {"guidance_scale": 4.5, "cfg_truncation": 0.5, "steps": 9},
+    "guided at the start, shortened": {
+        "guidance_scale": 4.5,
+        "cfg_truncation": 0.01,
+        "cfg_normalization": 0.8,
+        "steps": 5,
+    },
     "guided a little, wide, one step": {"guidance_scale": 0.3, "width": 96, "steps": 1},
     "largest seed": {"seed": 2**63 - 1},
 }
@@ -272,6 +284,30 @@ def test_too_little_memory_for_a_step_leaves_the_pictures_as_they_were(zimage_mo
         assert torch.equal(picture.latents, old.latents)
     zimage_model.step(pictures)
     assert [picture.step for picture in pictures] == [1, 1]
+
+
+class StarvedScheduler:
+    """Stands for a picture's scheduler, which finds the device full."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.timesteps, self.sigmas = scheduler.timesteps, scheduler.sigmas
+
+    step = Starved.__call__
+
+
+def test_a_group_steps_as_a_whole_or_not_at_all(zimage_model: ZImageModel) -> None:
+    """Even where memory runs out after the forward, as the group is then tried again in halves."""
+    pictures = [zimage_model.start(parameters(seed=seed), embeddings(20), None) for seed in (1, 2)]
+    zimage_model.step(pictures)
+    scheduler = pictures[1].scheduler
+    pictures[1].scheduler = StarvedScheduler(scheduler)
+    with pytest.raises(OutOfMemory):
+        zimage_model.step(pictures)
+    assert [picture.step for picture in pictures] == [1, 1]
+    pictures[1].scheduler = scheduler
+    for picture, seed in zip(pictures, (1, 2), strict=True):
+        expected = finish(zimage_model, zimage_model.start(parameters(seed=seed), embeddings(20), None))
+        assert torch.allclose(finish(zimage_model, picture).latents, expected.latents, atol=1e-4)
 
 
 def test_too_little_memory_for_the_vae(zimage_model: ZImageModel) -> None:

@@ -92,6 +92,8 @@ class TestCalibration:
     def test_with_other_options_it_does_not_count(self, tiny_checkpoint: Path, tmp_path: Path) -> None:
         wanted = settings(tiny_checkpoint, tmp_path)
         write_measured(wanted, Measured({100: 1}, {200: 2}))
+        for option in ({"vae_tiling_pixels": 0}, {"vae_channels_last": True}, {"offload_mode": "model"}):
+            assert key_of(settings(tiny_checkpoint, tmp_path, **option)) != key_of(wanted)
         other = settings(tiny_checkpoint, tmp_path, diffusion_dtype="bfloat16")
         assert key_of(other) != key_of(wanted)
         assert read_measured(other) == Measured()
@@ -125,10 +127,14 @@ class TestEstimates:
         assert taken == sorted(taken)
 
     def test_after_an_error_more_is_expected(self) -> None:
-        footprint = replace(PLAIN)
+        footprint, two = replace(PLAIN), [SMALL, SMALL]
         for _ in range(20):
-            footprint.distrust()
-        assert PLAIN.step(1_000) < footprint.step(1_000) <= 4 * PLAIN.step(1_000)
+            footprint.note_error()
+        assert PLAIN.together(two) < footprint.together(two) <= 4 * PLAIN.together(two)
+        assert footprint.together([SMALL]) == PLAIN.together([SMALL]), "one alone is always given a try"
+        for _ in range(200):
+            footprint.note_success()
+        assert footprint.together(two) == PLAIN.together(two)
 
     def test_pictures_together(self) -> None:
         large = Shape(height=128, width=128, text_tokens=32)
@@ -136,6 +142,12 @@ class TestEstimates:
         assert alone < twice < 2 * alone + PLAIN.held(SMALL)
         assert PLAIN.together([large, SMALL]) == PLAIN.together([large]) + PLAIN.held(SMALL)
         assert PLAIN.together([]) == 0
+
+    def test_small_pictures_are_decoded_at_once(self) -> None:
+        at_once = replace(PLAIN, decode_pixels=3 * SMALL.pixels)
+        assert at_once.together([SMALL]) == PLAIN.together([SMALL])
+        decodings = [at_once.together([SMALL] * count) - count * PLAIN.held(SMALL) for count in (2, 3)]
+        assert decodings == [2 * PLAIN.decode(SMALL.pixels), 3 * PLAIN.decode(SMALL.pixels)]
 
     def test_the_largest_picture_that_fits(self) -> None:
         large = Shape(height=2048, width=2048, text_tokens=96)
@@ -154,7 +166,6 @@ class TestShapes:
     def test_tokens(self) -> None:
         assert SMALL.tokens == 32 + 32
         assert replace(SMALL, negative_tokens=64).tokens == 2 * (32 + 64)
-        assert replace(SMALL, negative_tokens=64).unguided() == SMALL
 
     def test_a_pictures_shape_is_known_before_it_is_begun(self, zimage_model: ZImageModel) -> None:
         begun = zimage_model.start(parameters(guidance_scale=1.0), embeddings(33), embeddings(7))
