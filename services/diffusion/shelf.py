@@ -54,9 +54,11 @@ class Shelf:
             return
         paths = sorted(self._folder.rglob(f"*{LORA_SUFFIX}"))[:MAX_FILES]
         found = {_printable(self._name(path)): path for path in paths}
+        there = {path.resolve() for path in paths} if self._flags else set()
         for flag in self._flags:  # may lie elsewhere; a file of the folder keeps its name
-            if flag.path.resolve() not in {path.resolve() for path in found.values()}:
+            if flag.path.resolve() not in there:
                 found.setdefault(flag.path.stem, flag.path)
+        self._seen = {path: self._seen[path] for path in found.values() if path in self._seen}
         files = {name: self._look_at(name, path) for name, path in found.items()}
         self.files = MappingProxyType({name: lora for name, lora in files.items() if lora is not None})
 

@@ -270,6 +270,26 @@ class TestCacheDit:
         with pytest.raises(InvalidField, match="'cfg_truncation' must be 1 here"):
             model.start(wanted, embeddings(20), embeddings(5))
 
+    def test_forwards_that_cannot_be_compared_are_refused(self, tiny_checkpoint: Path) -> None:
+        """Kernels without masks take prompt and negative prompt of unlike length in two forwards a step."""
+        begun: list[int] = []
+        plain = load(tiny_checkpoint)
+        model = ZImageModel(replace(plain.parts, before_picture=begun.append, takes_masks=False), plain.footprint)
+        with pytest.raises(InvalidField, match="'guidance_scale' must be 0 for these texts"):
+            model.start(parameters(guidance_scale=2.0), embeddings(40), embeddings(5))
+        for text in (embeddings(20), embeddings(32)):
+            model.start(parameters(guidance_scale=2.0), text, embeddings(5))
+        model.start(parameters(), embeddings(40), None)
+        assert begun == [4, 4, 4]
+
+    def test_loras_are_switched(self, tiny_checkpoint_bf16: Path, tmp_path: Path) -> None:
+        pytest.importorskip("cache_dit", reason="the extra `cache` is not installed")
+        write_original(tmp_path, load_pipeline(tiny_checkpoint_bf16, torch.bfloat16).transformer)
+        model = load(tiny_checkpoint_bf16, cache_dit=True, lora_dir=tmp_path)
+        before = draw(model)
+        assert abs(draw(model, loras=(("original-0", 1.0),)) - before).max() > 10
+        assert (draw(model) == before).all()
+
     def test_it_needs_the_package(self, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "cache_dit", None)
         with pytest.raises(UnusableModel, match=r"^--cache-dit needs the package cache-dit: install it with"):
