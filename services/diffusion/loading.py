@@ -128,7 +128,7 @@ def _adapters(transformer: Any, settings: DiffusionSettings) -> Adapters:
         check_file(lora.path)
     adapters = Adapters(transformer, Shelf(settings), settings.lora_max_bytes)
     try:
-        adapters.load(adapters.shelf.default)
+        adapters.load(adapters.choose(None))
     except InvalidField as error:
         raise UnusableModel(error.detail.rstrip(".")) from None
     return adapters

@@ -13,6 +13,7 @@ import structlog
 
 from services.diffusion.lora_settings import LORA_SUFFIX, LoraFile, LoraSettings
 from services.diffusion.shapes import Lora
+from shared.checkpoint import UnusableModel
 from shared.errors import InvalidField, UnknownName
 from shared.schemas.diffusion import LoraChoice
 from shared.wire import Header, WireError, read_file_header
@@ -38,7 +39,10 @@ class ShelfLora:
 
 
 class Shelf:
-    """The folder, and the LoRAs that a picture has by default. Its methods read files: not for the event loop."""
+    """The folder, and the LoRAs that a picture has by default. Its methods read files: not for the event loop.
+
+    Raises UnusableModel for a default that has no name of its own.
+    """
 
     def __init__(self, settings: LoraSettings) -> None:
         self._folder = settings.lora_dir
@@ -93,9 +97,17 @@ class Shelf:
         raise InvalidField("'loras' cannot be empty here: this server's LoRAs are fused into its weights.")
 
     def _default(self) -> tuple[Lora, ...]:
+        """Those of the flags; one that they name twice has the sum of its scales, as fusing it twice would give."""
         by_path = {lora.path.resolve(): name for name, lora in self.files.items()}
-        loras = [(by_path.get(lora.path.resolve()), lora) for lora in self._flags]
-        return tuple((name, lora.scale) for name, lora in loras if name is not None and lora.scale)
+        scales: dict[str, float] = {}
+        for lora in self._flags:
+            name = by_path.get(lora.path.resolve())
+            if name is None:
+                raise UnusableModel(
+                    f"the LoRA {lora.path} cannot be told from another one of its name in {self._folder}: rename it"
+                )
+            scales[name] = scales.get(name, 0.0) + lora.scale
+        return tuple((name, scale) for name, scale in scales.items() if scale)
 
     def _name(self, path: Path) -> str:
         assert self._folder is not None  # noqa: S101 - only files of the folder have such a name

@@ -197,6 +197,31 @@ class TestDefault:
         assert model.adapters.choose(None) == (("mine", 0.5),)
         assert "mine" in model.adapters.shelf.files
 
+    def test_one_that_is_named_twice_has_both_scales(self, tiny_checkpoint: Path, folder: Path) -> None:
+        path = folder / "ink.safetensors"
+        model = load(
+            tiny_checkpoint, lora_dir=folder, lora=[f"{path}:0.5", f"{folder}/oil.safetensors", f"{path}:0.25"]
+        )
+        assert model.adapters.choose(None) == (("ink", 0.75), ("oil", 1.0))
+        none = load(tiny_checkpoint, lora_dir=folder, lora=[f"{path}:0.5", f"{path}:-0.5"])
+        assert none.adapters.choose(None) == ()
+
+    def test_one_that_has_the_name_of_another_ends_the_start(
+        self, tiny_checkpoint: Path, folder: Path, tmp_path: Path
+    ) -> None:
+        elsewhere = tmp_path / "ink.safetensors"
+        shutil.copy(folder / "oil.safetensors", elsewhere)
+        with pytest.raises(UnusableModel, match="cannot be told from another one of its name"):
+            load(tiny_checkpoint, lora_dir=folder, lora=[str(elsewhere)])
+
+    def test_more_than_is_kept_ends_the_start(self, tiny_checkpoint: Path, tmp_path: Path) -> None:
+        place = tmp_path / "large"
+        place.mkdir()
+        large = {"a.lora_A.weight": torch.zeros(1, 300_000)}  # its header tells: nothing of it is read
+        path = write(place / "large.safetensors", large)
+        with pytest.raises(UnusableModel, match="'loras' takes more than the 1048576 bytes"):
+            load(tiny_checkpoint, lora_dir=place, lora=[str(path)], lora_max_bytes=1 << 20)
+
     def test_without_a_folder_they_are_fused(self, tiny_checkpoint: Path, folder: Path) -> None:
         model = load(tiny_checkpoint, lora=[str(folder / "ink.safetensors")])
         assert model.adapters.choose(None) == ()

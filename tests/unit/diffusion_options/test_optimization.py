@@ -226,10 +226,11 @@ class TestQuantization:
         assert type(weights) is not type(plain.parts.transformer.layers[0].feed_forward.w1.weight)
         assert type(model.parts.transformer.t_embedder.mlp[0].weight) is torch.nn.Parameter
 
-    def test_loras_are_added_to_them(self, tiny_checkpoint_bf16: Path, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("kind", ["int8", "int8_dynamic", "fp8"])
+    def test_loras_are_added_to_them(self, tiny_checkpoint_bf16: Path, tmp_path: Path, kind: str) -> None:
         pytest.importorskip("torchao", reason="the extra `quantization` is not installed")
         write_original(tmp_path, load_pipeline(tiny_checkpoint_bf16, torch.bfloat16).transformer)
-        model = load(tiny_checkpoint_bf16, quantization="int8", lora_dir=tmp_path)
+        model = load(tiny_checkpoint_bf16, quantization=kind, lora_dir=tmp_path)
         before = draw(model)
         assert abs(draw(model, loras=(("original-0", 1.0),)) - before).max() > 10
         assert (draw(model) == before).all()
