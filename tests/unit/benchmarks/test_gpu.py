@@ -34,6 +34,7 @@ def play(output: Path, *flags: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore")  # of torchao and cache-dit, where they are installed
 def test_each_option_is_measured_or_told_why_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     only = [flag for name in EAGER for flag in ("--only", name)]
