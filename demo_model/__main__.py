@@ -13,7 +13,7 @@ from transformers import Qwen3ForCausalLM
 from demo_model.evaluate import Evaluation, report
 from demo_model.export import export_model, export_vision
 from demo_model.training.facts import teach_facts
-from demo_model.training.joint import train_together
+from demo_model.training.joint import Learnt, train_together
 from demo_model.training.text import TextBatches, new_tokenizer, train_text_model
 from demo_model.training.vae import train_vae
 from demo_model.training.vision import train_vision_model
@@ -42,8 +42,8 @@ def train(
     texts = TextBatches(tokenizer)
     vae = train_vae(work_dir, place)
     text = train_text_model(tokenizer, work_dir, place)
-    teach_facts(text, texts, work_dir, place)
-    dit = train_together(text, vae, texts, work_dir, place)
+    reader = teach_facts(text, texts, work_dir, place)
+    dit = train_together(Learnt(text=text, reader=reader, vae=vae), texts, work_dir, place)
     vision = train_vision_model(text, texts, work_dir, place)
     export(output_dir, tokenizer=tokenizer, vae=vae, text=text, dit=dit, vision=vision)
     Console().print(f"Written to {output_dir}. Measure it: python -m demo_model evaluate")

@@ -6,6 +6,7 @@ a caption names from the mean of its hidden states, and the DiT follows it from 
 """
 
 import random
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Qwen3ForCausalLM
 
 from demo_model import captions
-from demo_model.captions import EVERYTHING
+from demo_model.captions import EVERYTHING, Said
 from demo_model.training.loop import Losses, Schedule, run_stage
 from demo_model.training.text import HIDDEN_LAYER, IGNORED, WIDTH, TextBatches, language_loss
 from demo_model.world import Colour, Pattern, Place, Scene, Shape, Size, random_scene
@@ -47,17 +48,31 @@ class FactReader(nn.Module):
         return self.heads(mean).split([len(kind) for kind in QUESTIONS], dim=-1)
 
 
-def answers(scene: Scene) -> list[int]:
-    """The right answer to each question, `IGNORED` for a thing that the scene lacks."""
-    right = [list(Colour).index(scene.background)]
+def answers(scene: Scene, said: Said = EVERYTHING) -> list[int]:
+    """The right answer to each question; `IGNORED` for a thing that the scene lacks, and for what a caption that says
+    no more than `said` does not tell. (A pattern, a size and a single thing's place have a usual value.)"""
+    right = [list(Colour).index(scene.background) if said.background else IGNORED]
+    told = (said.colour, said.shape, said.place or len(scene.things) == 1, True, True)
     for thing in scene.things:
-        named = (thing.colour, thing.shape, thing.place, thing.pattern, thing.size)
-        right += [list(kind).index(value) for kind, value in zip(_OF_A_THING, named, strict=True)]
+        values = (thing.colour, thing.shape, thing.place, thing.pattern, thing.size)
+        right += [
+            list(kind).index(value) if is_told else IGNORED
+            for kind, value, is_told in zip(_OF_A_THING, values, told, strict=True)
+        ]
     return right + [IGNORED] * (len(QUESTIONS) - len(right))
 
 
-def teach_facts(text: Qwen3ForCausalLM, texts: TextBatches, folder: Path, device: torch.device) -> None:
-    """Trains the language model further, on captions that name everything."""
+def facts_loss(read: Sequence[Tensor], right: Tensor) -> Tensor:
+    """Mean cross entropy of all that is known: logits of each question, and int64 `[n, questions]`."""
+    wrong = [
+        nn.functional.cross_entropy(logits, answer, ignore_index=IGNORED, reduction="sum")
+        for logits, answer in zip(read, right.T, strict=True)
+    ]
+    return torch.stack(wrong).sum() / (right != IGNORED).sum().clamp_min(1)
+
+
+def teach_facts(text: Qwen3ForCausalLM, texts: TextBatches, folder: Path, device: torch.device) -> FactReader:
+    """Trains the language model further, on captions that name everything; answers what reads them."""
     torch.manual_seed(4)
     reader = FactReader().to(device)
 
@@ -71,8 +86,8 @@ def teach_facts(text: Qwen3ForCausalLM, texts: TextBatches, folder: Path, device
         with torch.autocast(device.type, torch.bfloat16):
             output = text(tokens.to(device), use_cache=False, output_hidden_states=True)
         read = reader(output.hidden_states[HIDDEN_LAYER], said.to(device))
-        wrong = [nn.functional.cross_entropy(r, t, ignore_index=IGNORED) for r, t in zip(read, targets.T, strict=True)]
         language = language_loss(output.logits, tokens.masked_fill(~said, IGNORED).to(device))
-        return {"facts": torch.stack(wrong).mean(), "caption": LANGUAGE_WEIGHT * language}
+        return {"facts": facts_loss(read, targets), "caption": LANGUAGE_WEIGHT * language}
 
     run_stage("facts", {"text": text, "reader": reader}, SCHEDULE, losses, folder)
+    return reader

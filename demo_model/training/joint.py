@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from transformers import Qwen3ForCausalLM
 
 from demo_model import captions
 from demo_model.training.dit import MULTIPLE, new_dit, predict, use_real_rotation
+from demo_model.training.facts import FactReader, answers, facts_loss
 from demo_model.training.latents import Example, Pool, examples_of, make_pool
 from demo_model.training.loop import Losses, Schedule, run_stage
 from demo_model.training.text import HIDDEN_LAYER, IGNORED, TextBatches, language_loss
@@ -24,7 +26,7 @@ POOL_OTHERS = 600
 BLENDED = 3_000
 BATCH_TOKENS = 32 * 96  # image and text tokens of a batch
 REWRITING = 3  # conversations of the rewriter beside each batch
-CAPTION_WEIGHT, REWRITE_WEIGHT = 0.03, 0.1
+CAPTION_WEIGHT, REWRITE_WEIGHT, FACTS_WEIGHT = 0.03, 0.1, 0.3
 SHIFT = 3.0
 PURE_NOISE = (0.5, 0.15)  # share of the examples at sigma 1, where only the text tells what to draw: at first, later on
 
@@ -59,14 +61,24 @@ class Pools:
         return [pool.examples[index] for index in chosen], pool.latents[chosen].float()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Learnt:
+    """What the stages before have trained: `reader` keeps the text from losing the facts that it gathers."""
+
+    text: Qwen3ForCausalLM
+    reader: FactReader
+    vae: AutoencoderKL
+
+
 def train_together(
-    text: Qwen3ForCausalLM, vae: AutoencoderKL, batches: TextBatches, folder: Path, device: torch.device
+    learnt: Learnt, batches: TextBatches, folder: Path, device: torch.device
 ) -> ZImageTransformer2DModel:
     """Trains the language model further, and a new DiT with it; answers the DiT."""
+    text, reader = learnt.text, learnt.reader
     torch.manual_seed(2)
     dit = new_dit().to(device)
     use_real_rotation(dit)
-    pools = Pools(vae, folder / "latents")
+    pools = Pools(learnt.vae, folder / "latents")
 
     def losses(step: int) -> Losses:
         rng = random.Random(7_000_000 + step)
@@ -82,9 +94,10 @@ def train_together(
             rewritten = text(tokens.to(device), use_cache=False).logits
         flow = nn.functional.mse_loss(output.float(), latents - noise)
         rewrite = language_loss(rewritten, targets.to(device))
-        return {"flow": flow, "caption": CAPTION_WEIGHT * language, "rewrite": REWRITE_WEIGHT * rewrite}
+        facts = FACTS_WEIGHT * facts_loss(reader(states, said), _told(examples).to(device))
+        return {"flow": flow, "facts": facts, "caption": CAPTION_WEIGHT * language, "rewrite": REWRITE_WEIGHT * rewrite}
 
-    run_stage("joint", {"text": text, "dit": dit}, SCHEDULE, losses, folder)
+    run_stage("joint", {"text": text, "dit": dit, "reader": reader}, SCHEDULE, losses, folder)
     return dit
 
 
@@ -121,6 +134,15 @@ def _read(
             ]
         )
     return states[: len(rows)], inside[: len(rows)].to(device), language
+
+
+def _told(examples: Sequence[Example]) -> Tensor:
+    """The facts that each prompt tells, int64 `[n, questions]`; none where it is strange, empty or blended."""
+    rows = []
+    for example in examples:
+        known = answers(example.scene, example.said)
+        rows.append(known if example.kind in ("said", "long") else [IGNORED] * len(known))
+    return torch.tensor(rows)
 
 
 def _blend(states: Tensor, count: int, reference: Tensor, reference_count: int, alpha: float) -> Tensor:
