@@ -45,7 +45,8 @@ class FactReader(nn.Module):
         """
         normed = nn.functional.rms_norm(states.float(), (WIDTH,)) * said[..., None]
         mean = normed.sum(1) / said.sum(1, keepdim=True)
-        return self.heads(mean).split([len(kind) for kind in QUESTIONS], dim=-1)
+        logits: tuple[Tensor, ...] = self.heads(mean).split([len(kind) for kind in QUESTIONS], dim=-1)
+        return logits
 
 
 def answers(scene: Scene, said: Said = EVERYTHING) -> list[int]:

@@ -4,7 +4,6 @@ import base64
 import io
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx2
