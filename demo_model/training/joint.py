@@ -16,9 +16,11 @@ from demo_model.training.facts import FactReader, answers, facts_loss
 from demo_model.training.latents import Example, Pool, examples_of, make_pool
 from demo_model.training.loop import Losses, Schedule, run_stage
 from demo_model.training.text import HIDDEN_LAYER, IGNORED, TextBatches, language_loss
+from demo_model.world import Size
 
-SCHEDULE = Schedule(steps=3600, learning_rate=1.2e-3)
-SMALL_ONLY = 0.4  # share of the steps before other sizes than 128x128 come
+SCHEDULE = Schedule(steps=7000, learning_rate=1.2e-3)
+EASY = 0.38  # share of the steps that show one thing at a time, and no small one
+SMALL_ONLY = 0.55  # share of the steps before other sizes than 128x128 come
 SIZES = ((128, 128), (256, 256), (192, 128), (128, 192), (256, 192), (192, 256), (320, 320))
 """Width and height in pixels; 256x256 has a larger part of the steps than the rest."""
 POOL = {(128, 128): 20_000, (256, 256): 4_000}
@@ -28,6 +30,8 @@ BATCH_TOKENS = 32 * 96  # image and text tokens of a batch
 REWRITING = 3  # conversations of the rewriter beside each batch
 CAPTION_WEIGHT, REWRITE_WEIGHT, FACTS_WEIGHT = 0.03, 0.1, 0.3
 SHIFT = 3.0
+THINGS_WEIGHT = 5.0
+THING_APART = 0.3  # mean squared distance from the background's latent at which a latent belongs to a thing
 PURE_NOISE = (0.5, 0.15)  # share of the examples at sigma 1, where only the text tells what to draw: at first, later on
 
 
@@ -41,23 +45,28 @@ class Pools:
             examples = examples_of(seed, POOL.get(size, POOL_OTHERS), blended=False)
             path = folder / f"latents-{size[0]}x{size[1]}.safetensors"
             self._plain[size] = make_pool(vae, path, size, examples, seed=seed + 1)
+        self._easy = [i for i, one in enumerate(self._plain[SIZES[0]].examples) if _is_easy(one)]
         blended = examples_of(6_000_000, BLENDED, blended=True)
         self._blended = make_pool(vae, folder / "latents-blended.safetensors", SIZES[0], blended, seed=6_000_001)
 
     def batch(self, rng: random.Random, share: float) -> tuple[list[Example], Tensor]:
         """Examples of one size and their latents, float32; `share` is how far the training has come, 0 to 1."""
-        kind = rng.random()
-        if share > 0.2 and kind < 0.12:
-            return self._take(self._blended, rng, 32)
         size = SIZES[0]
+        if share < EASY:
+            return self._take(self._plain[size], rng, 32, self._easy)
+        kind = rng.random()
+        if kind < 0.12:
+            return self._take(self._blended, rng, 32)
         if share >= SMALL_ONLY and kind > 0.35:
             size = SIZES[1] if kind < 0.82 else rng.choice(SIZES[2:])
         tokens = (size[0] // 16) * (size[1] // 16) + 32
         return self._take(self._plain[size], rng, max(4, BATCH_TOKENS // tokens))
 
     @staticmethod
-    def _take(pool: Pool, rng: random.Random, count: int) -> tuple[list[Example], Tensor]:
-        chosen = rng.sample(range(len(pool.examples)), count)
+    def _take(
+        pool: Pool, rng: random.Random, count: int, among: Sequence[int] | None = None
+    ) -> tuple[list[Example], Tensor]:
+        chosen = rng.sample(range(len(pool.examples)) if among is None else among, count)
         return [pool.examples[index] for index in chosen], pool.latents[chosen].float()
 
 
@@ -92,13 +101,24 @@ def train_together(
             output = predict(dit, (1 - spread) * latents + spread * noise, 1 - sigma, states, said)
             tokens, targets = batches.rewriting(rng, REWRITING)
             rewritten = text(tokens.to(device), use_cache=False).logits
-        flow = nn.functional.mse_loss(output.float(), latents - noise)
+        flow = flow_loss(output.float(), latents, noise)
         rewrite = language_loss(rewritten, targets.to(device))
         facts = FACTS_WEIGHT * facts_loss(reader(states, said), _told(examples).to(device))
         return {"flow": flow, "facts": facts, "caption": CAPTION_WEIGHT * language, "rewrite": REWRITE_WEIGHT * rewrite}
 
     run_stage("joint", {"text": text, "dit": dit, "reader": reader}, SCHEDULE, losses, folder)
     return dit
+
+
+def flow_loss(output: Tensor, latents: Tensor, noise: Tensor) -> Tensor:
+    """Mean squared error to x0 minus noise, all `[n, 16, height, width]`, where things count `THINGS_WEIGHT` times.
+
+    They are a twentieth of a picture: unweighted, thousands of steps go by in which only backgrounds follow the text.
+    """
+    background = latents.flatten(2).median(-1).values[..., None, None]
+    is_thing = (latents - background).pow(2).mean(1, keepdim=True) > THING_APART
+    weight = 1 + (THINGS_WEIGHT - 1) * is_thing.float()
+    return (weight * (output - (latents - noise)).pow(2)).mean() / weight.mean()
 
 
 def resample(states: Tensor, length: int) -> Tensor:
@@ -136,6 +156,14 @@ def _read(
     return states[: len(rows)], inside[: len(rows)].to(device), language
 
 
+def _is_easy(example: Example) -> bool:
+    return (
+        example.kind in ("said", "long")
+        and len(example.scene.things) == 1
+        and example.scene.things[0].size is not Size.SMALL
+    )
+
+
 def _told(examples: Sequence[Example]) -> Tensor:
     """The facts that each prompt tells, int64 `[n, questions]`; none where it is strange, empty or blended."""
     rows = []
@@ -152,7 +180,7 @@ def _blend(states: Tensor, count: int, reference: Tensor, reference_count: int, 
 
 def _sigmas(rng: random.Random, count: int, share: float) -> Tensor:
     first, later = PURE_NOISE
-    pure = max(later, first - share)
+    pure = first if share < EASY else later
     values = []
     for _ in range(count):
         base = torch.sigmoid(torch.tensor(rng.gauss(0.0, 1.2))).item()
