@@ -18,9 +18,9 @@ from demo_model.training.loop import Losses, Schedule, run_stage
 from demo_model.training.text import HIDDEN_LAYER, IGNORED, TextBatches, language_loss
 from demo_model.world import Size
 
-SCHEDULE = Schedule(steps=7000, learning_rate=1.2e-3)
-EASY = 0.38  # share of the steps that show one thing at a time, and no small one
-SMALL_ONLY = 0.55  # share of the steps before other sizes than 128x128 come
+SCHEDULE = Schedule(steps=4500, learning_rate=1.2e-3)
+EASY = 0.45  # share of the steps that show one thing at a time, and no small one
+SMALL_ONLY = 0.54  # share of the steps before other sizes than 128x128 come
 SIZES = ((128, 128), (256, 256), (192, 128), (128, 192), (256, 192), (192, 256), (320, 320))
 """Width and height in pixels; 256x256 has a larger part of the steps than the rest."""
 POOL = {(128, 128): 20_000, (256, 256): 4_000}

@@ -23,7 +23,7 @@ from demo_model.training.loop import Losses, Schedule, run_stage
 from demo_model.training.text import HIDDEN_LAYER, IGNORED, TextBatches, language_loss
 from demo_model.world import Scene, random_scene
 
-SCHEDULE = Schedule(steps=2000, learning_rate=1.5e-3)
+SCHEDULE = Schedule(steps=1500, learning_rate=1.5e-3)
 BATCH = 16
 SIZES = ((256, 256), (256, 256), (192, 192), (256, 192), (192, 256), (320, 256), (128, 128))
 MERGE, PATCH = 2, 16
