@@ -62,7 +62,7 @@ def _entry(name: str, key: str, field: FieldInfo) -> str:
     comment = [*textwrap.wrap(text, WIDTH), f"{flag}{variable_of(name)}"]
     default = field.get_default(call_default_factory=True)
     silent = default is None or isinstance(default, Path)
-    return "\n".join([*(f"# {line}" for line in comment), f"{'# ' * silent}{key} = {_toml(default)}", ""])
+    return "\n".join([*(f"# {line}" for line in comment), f"{'# ' * silent}{key} = {_example(field, default)}", ""])
 
 
 def _sentence(text: str) -> str:
@@ -77,10 +77,14 @@ def _choices(field: FieldInfo) -> str:
     return "" if all(name in (field.description or "") for name in names) else f" One of: {', '.join(names)}."
 
 
+def _example(field: FieldInfo, default: Any) -> str:
+    if default is not None:
+        return _toml(default)
+    return "..." if {int, float} & {*get_args(field.annotation)} else '"..."'
+
+
 def _toml(value: Any) -> str:
     match value:
-        case None:
-            return '"..."'
         case Enum():
             return _toml(value.value)
         case Path():

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import time
+from collections.abc import AsyncIterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -52,3 +53,32 @@ class Job(Generic[T]):
     def _fail(self, error: Exception) -> None:
         if not self._future.done():
             self._future.set_exception(error)
+
+
+class TextJob(Job[T]):
+    """A text in the making: its pieces as they come, then the result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._pieces: asyncio.Queue[str | None] = asyncio.Queue()
+
+    async def pieces(self) -> AsyncIterator[str | T]:
+        """The text as it comes, no piece empty, and the result. Raises what made it fail."""
+        while (piece := await self._pieces.get()) is not None:
+            yield piece
+        yield await self.result()
+
+    def emit(self, piece: str) -> None:
+        """Hands a piece over. Called from any thread."""
+        if piece:
+            self._call(self._pieces.put_nowait, piece)
+
+    def _resolve(self, result: T) -> None:
+        super()._resolve(result)
+        self._pieces.put_nowait(None)
+
+    def _fail(self, error: Exception) -> None:
+        super()._fail(error)
+        if not self._future.cancelled():
+            self._future.exception()  # it may be that nobody listens any more, which is no defect
+        self._pieces.put_nowait(None)

@@ -11,9 +11,10 @@ from pathlib import Path
 from services.gateway.clients import Embeddings, Encoder, Progress
 from services.gateway.drawing import NOT_PICTURE, Clock, Drawing, Generated, Happened, Origin, Report, Texts, Wanted
 from services.gateway.files import write_embeddings
-from services.gateway.rewriting import RewriteEvent, Rewriting, answer_of, rewritten_request
+from services.gateway.rewriting import Rewriting, answer_of, answers, rewritten_request
 from services.gateway.settings import GatewaySettings
 from services.gateway.vision import Seen, Vision
+from services.gateway.written import RewriteEvent
 from shared.chat import Conversation, format_prompt
 from shared.errors import Cancelled, InvalidField
 from shared.schemas.diffusion import LoraList
@@ -170,17 +171,22 @@ class GatewayEngine:
         await self._drawing.draw(wanted, clock, report, watched=watched)
 
     async def _describe(self, request: RewriteRequest, image: str) -> RewriteAnswer:
-        started = time.perf_counter()
-        parameters = DescribeParameters(
+        started, asked = time.perf_counter(), self._asked_about(request)
+        written = await self.vision.describe(image, asked, timeout_s=self._settings.rewrite_timeout_s)
+        return answer_of(request.prompt, request, written, started)
+
+    def _follow_describing(self, request: RewriteRequest, image: str) -> AsyncGenerator[RewriteEvent | RewriteAnswer]:
+        started, asked = time.perf_counter(), self._asked_about(request)
+        written = self.vision.follow_description(image, asked, timeout_s=self._settings.rewrite_timeout_s)
+        return answers(written, request, started)
+
+    def _asked_about(self, request: RewriteRequest) -> DescribeParameters:
+        """What is asked about the request's picture. Raises UnknownName."""
+        return DescribeParameters(
             prompt=request.prompt,
             system_prompt=self._rewriting.system_prompt(request),
             **request.model_dump(include=set(RewriteOptions.model_fields)),
         )
-        written = await self.vision.describe(image, parameters, timeout_s=self._settings.rewrite_timeout_s)
-        return answer_of(request.prompt, request, written, started)
-
-    async def _follow_describing(self, request: RewriteRequest, image: str) -> AsyncGenerator[RewriteAnswer]:
-        yield await self._describe(request, image)
 
     async def _seen(self, request: GenerateRequest, clock: Clock) -> Seen | None:
         if not isinstance(request, VlGenerateRequest):

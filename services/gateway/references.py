@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 from pydantic import ValidationError
 
 from services.gateway.clients import PROBE_TIMEOUT_S, Embeddings, embeddings_of
+from services.gateway.written import RewriteEvent, follow, rewritten_of
 from shared import wire
 from shared.client import ServiceClient
 from shared.errors import BadUpstream, ServiceError
@@ -25,6 +27,7 @@ from shared.schemas.vl import (
 from shared.wire import TensorMeta, WireError
 
 _HASH_DIGITS = 16
+_HEADERS = {"content-type": wire.MEDIA_TYPE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,18 +69,25 @@ class VlClient:
 
     async def describe(self, picture: bytes, parameters: DescribeParameters, *, timeout_s: float) -> Rewritten:
         """A text about a picture. Raises a ServiceError."""
-        body = await self._post("/v1/describe", picture, parameters, timeout_s)
-        try:
-            return Rewritten.model_validate_json(body)
-        except ValidationError:
-            raise BadUpstream("The vl service answered something that is no text.") from None
+        return rewritten_of(self.service, await self._post("/v1/describe", picture, parameters, timeout_s))
+
+    def follow_description(
+        self, picture: bytes, parameters: DescribeParameters, *, timeout_s: float
+    ) -> AsyncGenerator[RewriteEvent | Rewritten]:
+        """The same as it comes. Closing the generator ends the text. Raises a ServiceError."""
+        chunks = _message(picture, parameters)
+        events = self.service.stream_chunks("/v1/describe", chunks, timeout_s=timeout_s, headers=_HEADERS)
+        return follow(self.service, events)
 
     async def _post(self, path: str, picture: bytes, parameters: RequestModel, timeout_s: float) -> bytes:
-        metas = [TensorMeta(IMAGE, "U8", (len(picture),))]
-        header = wire.build_header(metas, {PARAMETERS: parameters.model_dump_json()})
-        headers = {"content-type": wire.MEDIA_TYPE}
-        reply = await self.service.post_chunks(path, [header, picture], timeout_s=timeout_s, headers=headers)
+        chunks = _message(picture, parameters)
+        reply = await self.service.post_chunks(path, chunks, timeout_s=timeout_s, headers=_HEADERS)
         return reply.body
+
+
+def _message(picture: bytes, parameters: RequestModel) -> list[bytes]:
+    metas = [TensorMeta(IMAGE, "U8", (len(picture),))]
+    return [wire.build_header(metas, {PARAMETERS: parameters.model_dump_json()}), picture]
 
 
 def read_reference(message: bytes) -> Reference:

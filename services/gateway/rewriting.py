@@ -3,18 +3,14 @@
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
-
-from pydantic import ValidationError
 
 from services.gateway.clients import probe
+from services.gateway.written import RewriteEvent, follow, rewritten_of
 from shared.client import ServiceClient
 from shared.errors import BadUpstream, InvalidField, ServiceError, Unready
-from shared.events import ERROR
 from shared.schemas.fields import MAX_PROMPT_CHARS
 from shared.schemas.public import GenerateRequest
 from shared.schemas.rewriter import (
-    DONE,
     RewriteAnswer,
     RewriteChoice,
     RewriteOptions,
@@ -27,14 +23,6 @@ from shared.templates import Templates
 NO_REWRITER = (
     "This server runs no rewriter: start it with --rewriter-use-api, with rewriter.backend set, or with an encoder."
 )
-
-
-@dataclass(frozen=True, slots=True)
-class RewriteEvent:
-    """A piece of thinking or of a rewritten prompt, as the rewriter sent it: `name` says which, `data` is JSON."""
-
-    name: str
-    data: str
 
 
 class RewriterClient:
@@ -50,16 +38,11 @@ class RewriterClient:
     async def rewrite(self, prompt: RewritePrompt, *, timeout_s: float) -> Rewritten:
         """What the language model wrote. Raises a ServiceError."""
         reply = await self.service.post_json("/v1/rewrite", prompt.model_dump(), timeout_s=timeout_s)
-        return _rewritten(reply.body)
+        return rewritten_of(self.service, reply.body)
 
-    async def follow(self, prompt: RewritePrompt, *, timeout_s: float) -> AsyncGenerator[RewriteEvent | Rewritten]:
+    def follow(self, prompt: RewritePrompt, *, timeout_s: float) -> AsyncGenerator[RewriteEvent | Rewritten]:
         """Pieces as they come, then the whole. Closing the generator ends the text. Raises a ServiceError."""
-        body = prompt.model_dump()
-        async with aclosing(self.service.stream("/v1/rewrite", body, timeout_s=timeout_s)) as events:
-            async for event in events:
-                if event.event == ERROR:
-                    raise self.service.rebuilt(event.data.encode())
-                yield _rewritten(event.data.encode()) if event.event == DONE else RewriteEvent(event.event, event.data)
+        return follow(self.service, self.service.stream("/v1/rewrite", prompt.model_dump(), timeout_s=timeout_s))
 
 
 class Rewriting:
@@ -75,15 +58,11 @@ class Rewriting:
         client, asked = self._asked(prompt, choice)
         return answer_of(prompt, choice, await client.rewrite(asked, timeout_s=timeout_s), started)
 
-    async def follow(
-        self, request: RewriteRequest, *, timeout_s: float
-    ) -> AsyncGenerator[RewriteEvent | RewriteAnswer]:
+    def follow(self, request: RewriteRequest, *, timeout_s: float) -> AsyncGenerator[RewriteEvent | RewriteAnswer]:
         """Pieces as they come, then the whole. Closing the generator ends the text. Raises a ServiceError."""
         started = time.perf_counter()
         client, asked = self._asked(request.prompt, request)
-        async with aclosing(client.follow(asked, timeout_s=timeout_s)) as events:
-            async for event in events:
-                yield answer_of(request.prompt, request, event, started) if isinstance(event, Rewritten) else event
+        return answers(client.follow(asked, timeout_s=timeout_s), request, started)
 
     def system_prompt(self, choice: RewriteChoice) -> str | None:
         """The text that is given, else the template's. Raises UnknownName."""
@@ -114,6 +93,15 @@ def rewritten_request(request: GenerateRequest, answer: RewriteAnswer) -> Genera
     return request.model_copy(update={"prompt": prompt, "thinking_content": thinking, "rewrite": None})
 
 
+async def answers(
+    written: AsyncGenerator[RewriteEvent | Rewritten], request: RewriteRequest, started: float
+) -> AsyncGenerator[RewriteEvent | RewriteAnswer]:
+    """The same pieces, and in place of the whole what is answered. Closing the generator closes the given one."""
+    async with aclosing(written) as events:
+        async for event in events:
+            yield answer_of(request.prompt, request, event, started) if isinstance(event, Rewritten) else event
+
+
 def answer_of(prompt: str, choice: RewriteChoice, written: Rewritten, started: float) -> RewriteAnswer:
     """What is answered to a request that came at `started`, by the clock `perf_counter`."""
     return RewriteAnswer(
@@ -122,10 +110,3 @@ def answer_of(prompt: str, choice: RewriteChoice, written: Rewritten, started: f
         gen_time=round(time.perf_counter() - started, 6),
         **written.model_dump(),
     )
-
-
-def _rewritten(body: bytes) -> Rewritten:
-    try:
-        return Rewritten.model_validate_json(body)
-    except ValidationError:
-        raise BadUpstream("The rewriter service answered something that is no rewritten prompt.") from None

@@ -5,8 +5,8 @@ What was extracted is kept under an id of everything that determines it, so equa
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -14,6 +14,7 @@ from services.gateway.clients import Embeddings
 from services.gateway.embeddings import EmbeddingCache
 from services.gateway.references import Reference, VlClient, id_of, read_reference
 from services.gateway.settings import GatewaySettings
+from services.gateway.written import RewriteEvent
 from shared.errors import InvalidField, UnknownName, Unreachable, Unready
 from shared.pictures import decode_picture
 from shared.schemas.diffusion import Blending
@@ -145,6 +146,16 @@ class Vision:
         client = self.client
         picture = await asyncio.to_thread(decode_picture, text, "image")
         return await client.describe(picture, parameters, timeout_s=timeout_s)
+
+    async def follow_description(
+        self, text: str, parameters: DescribeParameters, *, timeout_s: float
+    ) -> AsyncGenerator[RewriteEvent | Rewritten]:
+        """The same as it comes. Closing the generator ends the text. Raises a ServiceError."""
+        client = self.client
+        picture = await asyncio.to_thread(decode_picture, text, "image")
+        async with aclosing(client.follow_description(picture, parameters, timeout_s=timeout_s)) as events:
+            async for event in events:
+                yield event
 
     def _wanted(self, request: VlGenerateRequest) -> Sequence[VlReference]:
         if request.vl_references is not None:

@@ -7,7 +7,7 @@ from typing import ClassVar, NamedTuple, Self
 from pydantic import SecretStr, model_validator
 from pydantic_core import PydanticCustomError
 
-from shared.schemas.fields import MAX_WRITTEN_TOKENS, Penalty, Share, Temperature, TopK
+from shared.language.defaults import WritingSettings
 from shared.settings import Device, Dtype, ModelSettings, ServiceUrl, UpstreamSettings, setting
 
 
@@ -27,7 +27,7 @@ class Upstream(NamedTuple):
     key: SecretStr | None
 
 
-class RewriterSettings(ModelSettings, UpstreamSettings):
+class RewriterSettings(ModelSettings, UpstreamSettings, WritingSettings):
     """Settings of the rewriter service."""
 
     parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
@@ -68,30 +68,6 @@ class RewriterSettings(ModelSettings, UpstreamSettings):
     )
     rewriter_dtype: Dtype = setting(
         Dtype.AUTO, key="rewriter.dtype", description="number format of its weights; auto is the checkpoint's own"
-    )
-    rewriter_temperature: Temperature = setting(
-        1.0, key="rewriter.temperature", panel="Rewriter", description="Sampling temperature."
-    )
-    rewriter_top_p: Share = setting(
-        0.95, key="rewriter.top_p", panel="Rewriter", description="Nucleus sampling threshold."
-    )
-    rewriter_min_p: Share = setting(
-        0.0, key="rewriter.min_p", panel="Rewriter", description="Minimum probability threshold (0.0 = disabled)."
-    )
-    rewriter_top_k: TopK = setting(0, key="rewriter.top_k", description="draw from so many tokens only; 0 is off")
-    rewriter_presence_penalty: Penalty = setting(
-        0.0, key="rewriter.presence_penalty", description="makes tokens that were written already less likely"
-    )
-    rewriter_max_tokens: int = setting(
-        512,
-        key="rewriter.max_tokens",
-        panel="Rewriter",
-        ge=1,
-        le=MAX_WRITTEN_TOKENS,
-        description="Maximum tokens to generate.",
-    )
-    rewriter_enable_thinking: bool = setting(
-        default=True, key="rewriter.enable_thinking", description="let the model think before it writes"
     )
     rewriter_max_writing: int = setting(
         8, key="rewriter.max_writing", ge=1, description="prompts that are written together"

@@ -36,6 +36,7 @@ def create_app(settings: VlSettings, *, model: VisionModel | None = None) -> Fas
     engine = VlEngine(
         partial(_load, settings) if model is None else lambda: model,
         Limits(max_waiting=settings.vl_max_waiting, max_tokens=settings.vl_max_tokens),
+        settings,
         auto_unload=settings.vl_auto_unload,
         on_failure=fail,
     )

@@ -2,26 +2,30 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import structlog
 
 from services.vl.images import read_picture
-from services.vl.jobs import DescribeJob, Description, Extraction, ExtractJob
+from services.vl.jobs import DescribeJob, Extraction, ExtractJob
 from services.vl.model import Inputs, ModelFacts, VisionModel
 from shared.device_thread import DeviceThread
 from shared.errors import InternalError, QueueFull, ServiceError, Unready
 from shared.jobs import Job
-from shared.language.options import Sampling, drawn_seed
+from shared.language.defaults import WritingSettings
+from shared.language.options import Ending, drawn_seed
+from shared.language.thinking import Piece, ThinkParser
+from shared.schemas.rewriter import Rewritten
 from shared.schemas.vl import DescribeParameters, ExtractParameters
 from shared.tensors import DEVICE_ERROR
 
 DECODED_AT_ONCE = 2  # each takes up to some hundred megabytes
 
 T = TypeVar("T")
+J = TypeVar("J", ExtractJob, DescribeJob)
 log = structlog.get_logger(__name__)
 
 
@@ -43,12 +47,14 @@ class VlEngine:
         self,
         load: Callable[[], VisionModel],
         limits: Limits,
+        writing: WritingSettings,
         *,
         auto_unload: bool,
         on_failure: Callable[[int], None] | None = None,
     ) -> None:
         self.auto_unload = auto_unload
         self._limits = limits
+        self._writing = writing
         self._extractions: list[ExtractJob] = []
         self._descriptions: list[DescribeJob] = []
         self._pictures = 0
@@ -76,14 +82,36 @@ class VlEngine:
         self.device.model.check_layer(parameters.hidden_layer)
         async with self._place():
             job = ExtractJob(await self._inputs(picture, parameters.text or "", None), parameters)
-            return await self._result(job, self._extractions)
+            with self._queued(job, self._extractions):
+                return await job.result()
 
-    async def describe(self, picture: bytes, parameters: DescribeParameters) -> Description:
-        """A text about a picture, by the model's own language head. Raises a ServiceError."""
+    async def describe(self, picture: bytes, parameters: DescribeParameters) -> AsyncGenerator[Piece | Rewritten]:
+        """Pieces of a text about a picture, by the model's own language head, then the whole. Closing the generator
+        ends the text. Raises a ServiceError."""
         async with self._place():
-            inputs = await self._inputs(picture, parameters.prompt, parameters.system_prompt)
-            job = DescribeJob(inputs, parameters.max_tokens, _sampling(parameters))
-            return await self._result(job, self._descriptions)
+            opening = self.facts.openings[self._writing.enable_thinking(parameters)]
+            inputs = await self._inputs(picture, parameters.prompt, parameters.system_prompt, opening)
+            seed = drawn_seed() if parameters.seed is None else parameters.seed
+            sampling = self._writing.sampling(parameters, seed)
+            job = DescribeJob(inputs, self._writing.max_tokens(parameters), sampling)
+            parser, reason = ThinkParser(), None
+            parser.feed(opening)
+            with self._queued(job, self._descriptions):
+                async for written in job.pieces():
+                    if isinstance(written, Ending):
+                        reason = written.reason
+                        continue
+                    for piece in parser.feed(written):
+                        yield piece
+            for piece in parser.end():
+                yield piece
+            yield Rewritten(
+                rewritten_prompt=parser.answer.text,
+                thinking_content=parser.answer.thinking or None,
+                backend="local",
+                finish_reason=reason,
+                seed=seed,
+            )
 
     def check_room(self) -> None:
         """Raises QueueFull when no further picture may wait, Unready when none can be read."""
@@ -109,24 +137,27 @@ class VlEngine:
             self._pictures -= 1
             self.device.wake()
 
-    async def _inputs(self, picture: bytes, text: str, system_prompt: str | None) -> Inputs:
+    async def _inputs(self, picture: bytes, text: str, system_prompt: str | None, opening: str = "") -> Inputs:
         """Decodes the picture and cuts it up in a thread, a few at a time."""
-        model = self.device.model
+        model, most = self.device.model, self._limits.max_tokens
 
         def read() -> Inputs:
-            return model.prepare(read_picture(picture), text, system_prompt, max_tokens=self._limits.max_tokens)
+            return model.prepare(read_picture(picture), text, system_prompt, opening=opening, max_tokens=most)
 
         async with self._decoding:
             return await asyncio.to_thread(read)
 
-    async def _result(self, job: Job[T], queue: list[Any]) -> T:
+    @contextmanager
+    def _queued(self, job: J, queue: list[J]) -> Iterator[None]:
+        """The job's place in its queue: one that nobody waits for takes none."""
         with self._lock:
             queue.append(job)
         self.device.wake()
         try:
-            return await job.result()
+            yield
         finally:
-            with self._lock:  # a picture that nobody waits for takes no place in the queue
+            job.cancel()
+            with self._lock:
                 if job in queue:
                     queue.remove(job)
 
@@ -134,12 +165,12 @@ class VlEngine:
         """An extraction, and a token of the oldest description: neither waits for more than one of the other."""
         with self._lock:
             extraction = self._extractions.pop(0) if self._extractions else None
-            description = self._descriptions[0] if self._descriptions else None
+            description = next((job for job in self._descriptions if not (job.ended or job.cancelled)), None)
         if extraction is not None:
             _try(extraction, lambda: extraction.run(model))
-        if description is not None and not description.ended:
+        if description is not None:
             _try(description, lambda: description.advance(model))
-        if extraction is not None or (description is not None and not description.ended):
+        if extraction is not None or description is not None:
             return True
         if self.auto_unload and not self._pictures:
             model.unload()
@@ -159,14 +190,3 @@ def _try(job: Job[T], work: Callable[[], None]) -> None:
         job.fail(InternalError("The picture could not be read."))
         if isinstance(error, DEVICE_ERROR):
             raise  # after it every call of the device fails: only a new process helps
-
-
-def _sampling(parameters: DescribeParameters) -> Sampling:
-    return Sampling(
-        seed=drawn_seed() if parameters.seed is None else parameters.seed,
-        temperature=1.0 if parameters.temperature is None else parameters.temperature,
-        top_p=0.95 if parameters.top_p is None else parameters.top_p,
-        min_p=parameters.min_p or 0.0,
-        top_k=parameters.top_k or 0,
-        presence_penalty=parameters.presence_penalty or 0.0,
-    )

@@ -6,12 +6,10 @@ from typing import Any
 
 from services.vl.model import Inputs, VisionModel
 from services.vl.scaling import scale
-from shared.jobs import Job
-from shared.language.options import FinishReason, Sampling
+from shared.jobs import Job, TextJob
+from shared.language.options import Ending, FinishReason, Sampling
 from shared.language.text import TextStream
 from shared.schemas.vl import ExtractParameters
-
-MAX_TOKENS = 512  # of a description that names no number
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,15 +19,6 @@ class Extraction:
     states: Any
     original_std: float
     scaled_std: float
-
-
-@dataclass(frozen=True, slots=True)
-class Description:
-    """A text about a picture, why it ended, and the seed of its drawing."""
-
-    text: str
-    reason: FinishReason
-    seed: int
 
 
 class ExtractJob(Job[Extraction]):
@@ -48,18 +37,17 @@ class ExtractJob(Job[Extraction]):
         self.resolve(Extraction(scaled.states, scaled.original_std, scaled.scaled_std))
 
 
-class DescribeJob(Job[Description]):
-    """A picture that waits for a text about it, or has a part of it."""
+class DescribeJob(TextJob[Ending]):
+    """A picture that waits for a text about it, or has a part of it; the result is how the text ended."""
 
-    def __init__(self, inputs: Inputs, max_tokens: int | None, sampling: Sampling) -> None:
+    def __init__(self, inputs: Inputs, max_tokens: int, sampling: Sampling) -> None:
         super().__init__()
         self.inputs = inputs
         self.ended = False
-        self._max_tokens = max_tokens or MAX_TOKENS
+        self._max_tokens = max_tokens
         self._sampling = sampling
         self._begun: tuple[Iterator[int], TextStream] | None = None
         self._written = 0
-        self._text = ""
 
     def advance(self, model: VisionModel) -> None:
         """Writes a token, and ends after the last. Raises what the model raises; the job has ended then too."""
@@ -71,11 +59,12 @@ class DescribeJob(Job[Description]):
         if token in model.facts.ends:
             self._finish(stream, "stop")
             return
-        self._text += stream.add(token)
+        self.emit(stream.add(token))
         if self._written >= self._max_tokens:
             self._finish(stream, "length")
             return
         self.ended = False
 
     def _finish(self, stream: TextStream, reason: FinishReason) -> None:
-        self.resolve(Description(self._text + stream.end(), reason, self._sampling.seed))
+        self.emit(stream.end())
+        self.resolve(Ending(reason, len(self.inputs.ids), self._written))

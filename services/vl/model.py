@@ -11,13 +11,14 @@ from typing import Any
 
 import structlog
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from transformers import AutoTokenizer, DynamicCache, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from services.vl.fingerprint import fingerprint_of
-from services.vl.settings import PUBLISHED_TARGET_STD, VlSettings
-from services.vl.tokens import ENDS, Layout
+from services.vl.settings import VlSettings
+from services.vl.tokens import ASSISTANT, ENDS, Layout
 from shared.checkpoint import UnusableModel, checkpoint_dtype, read_json, require_weights, weight_bytes
 from shared.errors import InvalidField, NumericalError, OutOfMemory
 from shared.language.options import Sampling
@@ -27,6 +28,7 @@ from shared.tensors import dtype_of, is_out_of_memory, pick_device, require_memo
 
 MODEL_TYPE = "qwen3_vl"
 TARGET_STD = "zimage_target_std"  # the key under which a checkpoint's config.json carries its own
+PUBLISHED_TARGET_STD = 58.75  # standard deviation of Qwen3-4B's hidden states -2, where neither says another
 MEMORY_ADVICE = "free some of it, or choose another device with --vl-device"
 
 log = structlog.get_logger(__name__)
@@ -34,7 +36,10 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
-    """What a caller may want to know; `fingerprint` is equal where equal inputs give equal hidden states."""
+    """What a caller may want to know; `fingerprint` is equal where equal inputs give equal hidden states.
+
+    `openings` are what the chat template begins an answer with, nothing or a think block, by `enable_thinking`.
+    """
 
     name: str
     path: str
@@ -45,6 +50,7 @@ class ModelFacts:
     target_std: float
     fingerprint: str
     ends: frozenset[int]
+    openings: Mapping[bool | None, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +84,9 @@ class VisionModel:
                 f"{self.facts.layers} layers."
             )
 
-    def prepare(self, picture: Image.Image, text: str, system_prompt: str | None, *, max_tokens: int) -> Inputs:
+    def prepare(
+        self, picture: Image.Image, text: str, system_prompt: str | None, *, opening: str = "", max_tokens: int
+    ) -> Inputs:
         """Cuts an RGB picture into patches, scaled into the processor's pixel budget, and lays the tokens out.
 
         Raises InvalidField for more than `max_tokens` tokens.
@@ -86,7 +94,7 @@ class VisionModel:
         read = self._processor(images=[picture], return_tensors="pt")
         grid = read["image_grid_thw"]
         count = int(grid.prod()) // self._processor.merge_size**2
-        ids = self._layout.ids(count, text, system_prompt)
+        ids = self._layout.ids(count, text, system_prompt, opening=opening)
         if len(ids) > max_tokens:
             raise InvalidField(f"The picture and its text have {len(ids)} tokens, the limit is {max_tokens}.")
         return Inputs(ids, read["pixel_values"], grid)
@@ -188,7 +196,7 @@ def load_vision_model(settings: VlSettings) -> VisionModel:
     require_weights(folder)
     device, dtype = pick_device(settings.vl_device), dtype_of(settings.vl_dtype, checkpoint_dtype(folder))
     processor, tokenizer = _processor(folder, settings.vl_max_pixels), _tokenizer(folder)
-    target_std = settings.given_target_std or float(config.get(TARGET_STD, PUBLISHED_TARGET_STD))
+    target_std = _target_std(settings, config)
     name = str(dtype).removeprefix("torch.")
     try:
         text = config["text_config"]
@@ -205,6 +213,7 @@ def load_vision_model(settings: VlSettings) -> VisionModel:
         target_std=target_std,
         fingerprint=fingerprint_of(folder, f"{name} {target_std!r} {dict(processor.size)}"),
         ends=_ends(config, tokenizer),
+        openings={choice: _opening(tokenizer, enable_thinking=choice) for choice in (None, True, False)},
     )
     log.info("vision-language model found", model_path=str(folder), **_logged(facts))
     return VisionModel(folder, processor, Layout(tokenizer.backend_tokenizer, image), facts, dtype)
@@ -217,6 +226,16 @@ def _folder(settings: VlSettings) -> Path:
     if not folder.is_dir():
         raise UnusableModel(f"the model directory {folder} does not exist")
     return folder
+
+
+def _target_std(settings: VlSettings, config: Mapping[str, Any]) -> float:
+    """What is set, else the checkpoint's own, else that of the published weights. Raises UnusableModel."""
+    if settings.vl_target_std is not None:
+        return settings.vl_target_std
+    own = config.get(TARGET_STD, PUBLISHED_TARGET_STD)
+    if isinstance(own, bool) or not isinstance(own, int | float) or not 0 < own < float("inf"):
+        raise UnusableModel(f"'{TARGET_STD}' of the vision-language model is {own!r}, which is no standard deviation")
+    return float(own)
 
 
 def _processor(folder: Path, max_pixels: int) -> Any:
@@ -243,6 +262,18 @@ def _ends(config: Mapping[str, Any], tokenizer: Any) -> frozenset[int]:
     known = tokenizer.get_added_vocab()
     named = (tokenizer.eos_token_id, config.get("eos_token_id"), *map(known.get, ENDS))
     return frozenset(token for token in named if isinstance(token, int))
+
+
+def _opening(tokenizer: Any, *, enable_thinking: bool | None) -> str:
+    if not tokenizer.chat_template:
+        return ""
+    options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+    messages = [{"role": "user", "content": "-"}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+    except TemplateError:
+        raise UnusableModel("the vision-language model's chat template takes no plain conversation") from None
+    return str(text.rpartition(ASSISTANT)[2]) if ASSISTANT in text else ""
 
 
 def _logged(facts: ModelFacts) -> dict[str, Any]:

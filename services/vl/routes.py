@@ -24,6 +24,7 @@ from shared.errors import (
 from shared.problems import responses
 from shared.requests import until_disconnected
 from shared.responses import ChunkedResponse
+from shared.rewriting import FOLLOWED, rewriting_response
 from shared.schemas.rewriter import Rewritten
 from shared.schemas.vl import DescribeParameters, ExtractParameters, VlFacts
 
@@ -83,22 +84,16 @@ async def extract(request: Request, engine: Engine) -> Response:
     "/describe",
     summary="A text about a picture",
     dependencies=[Depends(require_tensors)],
-    responses=REFUSALS,
+    response_model=Rewritten,
+    responses={**REFUSALS, 200: FOLLOWED},
     openapi_extra={"requestBody": _TENSORS},
 )
-async def describe(request: Request, engine: Engine) -> Rewritten:
-    """Takes a picture as `/v1/extract` does, with other parameters. Closing the connection ends the text."""
+async def describe(request: Request, engine: Engine) -> Response:
+    """Takes a picture as `/v1/extract` does, with other parameters. Answers JSON, or with `Accept: text/event-stream`
+    events as the rewriter's `/v1/rewrite` does. Closing the connection ends the text at the next token."""
     engine.check_room()
     picture, parameters = await read_message(request.stream(), DescribeParameters)
-    written = await until_disconnected(request, engine.describe(picture, parameters))
-    thinking, closed, text = written.text.rpartition("</think>")
-    return Rewritten(
-        rewritten_prompt=text.strip(),
-        thinking_content=thinking.removeprefix("<think>").strip() or None if closed else None,
-        backend="local",
-        finish_reason=written.reason,
-        seed=written.seed,
-    )
+    return await rewriting_response(request, engine.describe(picture, parameters))
 
 
 @router.get("/model", summary="The model that this node serves", responses=responses(Unready))

@@ -1,11 +1,10 @@
 """What the vl service is told."""
 
+from shared.language.defaults import WritingSettings
 from shared.settings import Dtype, VisionSettings, setting
 
-PUBLISHED_TARGET_STD = 58.75  # standard deviation of Qwen3-4B's hidden states -2, which vision states are scaled to
 
-
-class VlSettings(VisionSettings):
+class VlSettings(VisionSettings, WritingSettings):
     """Settings of the vl service."""
 
     vl_host: str = setting("127.0.0.1", key="vl.host", description="address that the vl service listens on")
@@ -13,13 +12,13 @@ class VlSettings(VisionSettings):
     vl_dtype: Dtype = setting(
         Dtype.AUTO, key="vl.dtype", description="number format of the weights; auto is the checkpoint's own"
     )
-    vl_target_std: float = setting(
-        PUBLISHED_TARGET_STD,
+    vl_target_std: float | None = setting(
+        None,
         key="vl.target_std",
         panel="Vision",
         gt=0,
         allow_inf_nan=False,
-        description="Scale VL embeddings to this; a checkpoint may carry its own default.",
+        description="Scale VL embeddings to this. Default: what the checkpoint carries, else 58.75.",
     )
     vl_max_pixels: int = setting(
         1 << 20,
@@ -38,8 +37,3 @@ class VlSettings(VisionSettings):
     def address(self) -> tuple[str, int]:
         """Host and port to listen on."""
         return self.vl_host, self.vl_port
-
-    @property
-    def given_target_std(self) -> float | None:
-        """What to scale to where another than the published value is set: it wins over what a checkpoint carries."""
-        return None if self.vl_target_std == PUBLISHED_TARGET_STD else self.vl_target_std

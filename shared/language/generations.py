@@ -3,14 +3,14 @@
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 import structlog
 
 from shared.errors import InternalError, InvalidField, NumericalError, QueueFull, ServiceError, Unready
-from shared.jobs import Job
+from shared.jobs import TextJob
 from shared.language.batch import Row
 from shared.language.model import LanguageModel
 from shared.language.options import Ending, FinishReason, Message, Sampling, Wanted
@@ -44,35 +44,13 @@ class Assignment:
     enable_thinking: bool | None = None
 
 
-class Generation(Job[Ending]):
-    """A text in the making: its pieces as they come, then how it ended."""
+class Generation(TextJob[Ending]):
+    """A text in the making, whose result is how it ended."""
 
     def __init__(self, wanted: Wanted, text: TextStream) -> None:
         super().__init__()
         self.row = Row(wanted)
         self.text = text
-        self._pieces: asyncio.Queue[str | None] = asyncio.Queue()
-
-    async def pieces(self) -> AsyncIterator[str | Ending]:
-        """The text as it comes, no piece empty, and the ending. Raises what made it fail."""
-        while (piece := await self._pieces.get()) is not None:
-            yield piece
-        yield await self.result()
-
-    def emit(self, piece: str) -> None:
-        """Hands a piece over. Called from any thread."""
-        if piece:
-            self._call(self._pieces.put_nowait, piece)
-
-    def _resolve(self, result: Ending) -> None:
-        super()._resolve(result)
-        self._pieces.put_nowait(None)
-
-    def _fail(self, error: Exception) -> None:
-        super()._fail(error)
-        if not self._future.cancelled():
-            self._future.exception()  # it may be that nobody listens any more, which is no defect
-        self._pieces.put_nowait(None)
 
 
 class Generations:

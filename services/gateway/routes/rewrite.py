@@ -7,9 +7,9 @@ from typing import Annotated
 from fastapi import APIRouter, Body, Depends, Request, Response
 from fastapi.responses import JSONResponse
 
-from services.gateway.rewriting import RewriteEvent
 from services.gateway.routes.refusals import LIST, REWRITE
 from services.gateway.state import Engine
+from services.gateway.written import RewriteEvent
 from shared import events
 from shared.requests import require_json, until_disconnected
 from shared.schemas.public import RewriterEntry, RewriterList

@@ -1,6 +1,7 @@
 """Vision conditioning at a gateway without Redis, before a vl service in this process."""
 
 import base64
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -90,6 +91,60 @@ async def test_garbage_of_the_service_is_a_bad_upstream(seeing: tuple[Gateway, R
     assert (answer.status_code, answer.json()["code"]) == (502, "bad_upstream")
     recorder.instead = None
     assert (await drawn(gateway, vl_image=IMAGE)).status_code == 200
+
+
+DESCRIBE = {"prompt": "What is it?", "image": IMAGE, "max_tokens": 12, "seed": 5}
+EVENTS = {"accept": "text/event-stream"}
+
+
+async def test_a_description_as_it_is_written(seeing: tuple[Gateway, Recorder]) -> None:
+    gateway, _ = seeing
+    whole = (await gateway.client.post("/api/rewrite", json=DESCRIBE)).json()
+    answer = await gateway.client.post("/api/rewrite", json=DESCRIBE, headers=EVENTS)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    blocks = [dict(line.split(": ", 1) for line in block.splitlines()) for block in answer.text.strip().split("\n\n")]
+    *pieces, done = [(block["event"], json.loads(block["data"])) for block in blocks]
+    assert len(pieces) > 2
+    assert "".join(data["text"] for name, data in pieces if name == "text") == whole["rewritten_prompt"]
+    assert done == ("done", {**whole, "gen_time": done[1]["gen_time"]})
+    assert (whole["original_prompt"], whole["seed"]) == ("What is it?", 5)
+
+
+async def test_all_options_of_a_description_are_passed_on(seeing: tuple[Gateway, Recorder]) -> None:
+    gateway, recorder = seeing
+    options = {
+        "max_tokens": 3,
+        "temperature": 0.5,
+        "top_p": 0.5,
+        "min_p": 0.1,
+        "top_k": 7,
+        "presence_penalty": 1.0,
+        "seed": 2**63 - 1,
+        "enable_thinking": False,
+    }
+    for headers in ({}, EVENTS):
+        answer = await gateway.client.post("/api/rewrite", json={**DESCRIBE, **options}, headers=headers)
+        assert answer.status_code == 200, answer.text
+        sent = parse_header(recorder.calls[-1][0].content).metadata["parameters"]
+        assert json.loads(sent) == {"prompt": "What is it?", "system_prompt": None, **options}
+
+
+@pytest.mark.parametrize("headers", [{}, EVENTS], ids=["JSON", "events"])
+async def test_descriptions_that_are_refused(seeing: tuple[Gateway, Recorder], headers: dict[str, str]) -> None:
+    gateway, recorder = seeing
+    for fields, status in (
+        ({"image": "x"}, 422),
+        ({"image": base64.b64encode(PICTURE[:-40]).decode()}, 422),
+        ({"rewriter": "no_such"}, 404),
+        ({"temperature": -1}, 422),
+    ):
+        answer = await gateway.client.post("/api/rewrite", json={**DESCRIBE, **fields}, headers=headers)
+        assert (answer.status_code, answer.headers["content-type"]) == (status, "application/problem+json")
+    recorder.instead = lambda _: httpx2.Response(200, stream=Whole(b"event: done\ndata: {}\n\n"))
+    answer = await gateway.client.post("/api/rewrite", json=DESCRIBE, headers=headers)
+    assert (answer.status_code, answer.json()["code"]) == (502, "bad_upstream")
+    recorder.instead = None
+    assert (await gateway.client.post("/api/rewrite", json=DESCRIBE, headers=headers)).status_code == 200
 
 
 def parameters(**fields: Any) -> ExtractParameters:

@@ -13,7 +13,9 @@ from pictures import encoded, pixels
 
 from services.vl.engine import Limits, VlEngine
 from services.vl.model import Inputs, VisionModel
+from services.vl.settings import VlSettings
 from shared.errors import InternalError, InvalidField, QueueFull, Unready
+from shared.schemas.rewriter import Rewritten
 from shared.schemas.vl import DescribeParameters, ExtractParameters
 
 PICTURE = encoded()
@@ -50,7 +52,8 @@ def gated(vision_model: VisionModel) -> GatedModel:
 
 @asynccontextmanager
 async def running(model: VisionModel, *, auto_unload: bool = True, max_waiting: int = 4) -> AsyncIterator[VlEngine]:
-    engine = VlEngine(lambda: model, Limits(max_waiting=max_waiting, max_tokens=8192), auto_unload=auto_unload)
+    limits = Limits(max_waiting=max_waiting, max_tokens=8192)
+    engine = VlEngine(lambda: model, limits, VlSettings(), auto_unload=auto_unload)
     engine.device.start()
     await eventually(lambda: engine.device.unready_reason() is None)
     yield engine
@@ -60,6 +63,13 @@ async def running(model: VisionModel, *, auto_unload: bool = True, max_waiting: 
 def parameters(**fields: Any) -> ExtractParameters:
     wanted = {"hidden_layer": -2, "image_tokens_only": False, "scale_to_text": True, **fields}
     return ExtractParameters(**wanted)
+
+
+async def description(engine: VlEngine, wanted: DescribeParameters) -> Rewritten:
+    """The whole text."""
+    *_, last = [piece async for piece in engine.describe(PICTURE, wanted)]
+    assert isinstance(last, Rewritten)
+    return last
 
 
 async def test_an_extraction(gated: GatedModel) -> None:
@@ -137,23 +147,40 @@ async def test_one_bad_picture_does_not_end_the_service(gated: GatedModel) -> No
 async def test_descriptions_and_extractions_take_turns(gated: GatedModel) -> None:
     async with running(gated) as engine:
         wanted = DescribeParameters(prompt="What is it?", max_tokens=12, temperature=0.8, seed=3)
-        alone = await engine.describe(PICTURE, wanted)
-        assert (alone.seed, alone.reason in ("stop", "length")) == (3, True)
-        described = [asyncio.create_task(engine.describe(PICTURE, wanted)) for _ in range(2)]
+        alone = await description(engine, wanted)
+        assert (alone.seed, alone.finish_reason in ("stop", "length")) == (3, True)
+        described = [asyncio.create_task(description(engine, wanted)) for _ in range(2)]
         extracted = await engine.extract(PICTURE, parameters())
         assert extracted.states.isfinite().all()
-        assert {(await work).text for work in described} == {alone.text}
+        assert {(await work).rewritten_prompt for work in described} == {alone.rewritten_prompt}
         await eventually(lambda: not gated.loaded)
 
 
 async def test_a_description_that_nobody_waits_for_ends(gated: GatedModel) -> None:
     async with running(gated) as engine:
-        work = asyncio.create_task(engine.describe(PICTURE, DescribeParameters(prompt="x", max_tokens=30_000)))
+        work = asyncio.create_task(description(engine, DescribeParameters(prompt="x", max_tokens=30_000)))
         await eventually(lambda: gated.loaded)
         work.cancel()
         await asyncio.gather(work, return_exceptions=True)
         await eventually(lambda: not gated.loaded)
         assert (await engine.extract(PICTURE, parameters())).states.isfinite().all()
+
+
+async def test_who_stops_following_a_description_ends_it(gated: GatedModel) -> None:
+    async with running(gated) as engine:
+        following = engine.describe(PICTURE, DescribeParameters(prompt="x", max_tokens=30_000))
+        assert await anext(following)
+        await following.aclose()
+        assert engine.waiting == 0
+        await eventually(lambda: not gated.loaded)
+
+
+async def test_a_description_that_nobody_reads_keeps_no_other_waiting(gated: GatedModel) -> None:
+    async with running(gated) as engine:
+        unread = engine.describe(PICTURE, DescribeParameters(prompt="x", max_tokens=4, seed=1))
+        await anext(unread)
+        assert (await description(engine, DescribeParameters(prompt="y", max_tokens=4))).backend == "local"
+        await unread.aclose()
 
 
 async def test_the_end_refuses_what_waits(gated: GatedModel) -> None:

@@ -152,8 +152,36 @@ def test_a_checkpoint_carries_its_own_target(tiny_vision_checkpoint: Path, tmp_p
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "zimage_target_std": 1.5}))
     assert load_vision_model(VlSettings(vl_model_path=folder)).facts.target_std == 1.5
-    assert load_vision_model(VlSettings(vl_model_path=folder, vl_target_std=7.0)).facts.target_std == 7.0
+    for given in (7.0, 58.75):  # what is set wins, be it the published value
+        assert load_vision_model(VlSettings(vl_model_path=folder, vl_target_std=given)).facts.target_std == given
     assert load_vision_model(VlSettings(vl_model_path=tiny_vision_checkpoint)).facts.target_std == 58.75
+    for broken in (0, -1.0, "large", None, True):
+        (folder / "config.json").write_text(json.dumps({**config, "zimage_target_std": broken}))
+        with pytest.raises(UnusableModel, match="no standard deviation"):
+            load_vision_model(VlSettings(vl_model_path=folder))
+
+
+def test_an_answer_begins_as_the_chat_template_says(tiny_vision_checkpoint: Path, tmp_path: Path) -> None:
+    model = load_vision_model(VlSettings(vl_model_path=tiny_vision_checkpoint))
+    assert model.facts.openings == {None: "", True: "", False: "<think>\n\n</think>\n\n"}
+    plain = prepared(model, text="What is it?")
+    opening = model.facts.openings[False]
+    opened = model.prepare(pixels(), "What is it?", None, opening=opening, max_tokens=8192)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_vision_checkpoint)
+    assert [*plain.ids, *tokenizer(opening, add_special_tokens=False).input_ids] == opened.ids
+    folder = tmp_path / "own"
+    shutil.copytree(tiny_vision_checkpoint, folder)
+    template = folder / "chat_template.jinja"
+    thinks = "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    for text, expected in ((thinks, "<think>\n"), ("another form", "")):
+        template.write_text(text)
+        facts = load_vision_model(VlSettings(vl_model_path=folder)).facts
+        assert set(facts.openings.values()) == {expected}
+    template.write_text("{{ raise_exception('no') }}")
+    with pytest.raises(UnusableModel, match="chat template"):
+        load_vision_model(VlSettings(vl_model_path=folder))
+    template.unlink()
+    assert set(load_vision_model(VlSettings(vl_model_path=folder)).facts.openings.values()) == {""}
 
 
 def _broken(name: str) -> Any:
@@ -185,7 +213,7 @@ def test_directories_that_cannot_be_used(tiny_vision_checkpoint: Path, tmp_path:
 
 def test_no_directory_at_all() -> None:
     with pytest.raises(UnusableModel, match="--vl-model-path"):
-        load_vision_model(VlSettings())
+        load_vision_model(VlSettings(model_path=Path("other")))
 
 
 def test_scaling() -> None:

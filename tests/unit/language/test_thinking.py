@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from services.rewriter.thinking import Answer, Part, ThinkParser
+from shared.language.thinking import Answer, Part, ThinkParser
 
 TAG = re.compile(r"</?think>|<\|\w{1,32}\|>")
 

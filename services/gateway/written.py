@@ -1,0 +1,41 @@
+"""What the services that write answer, as the gateway reads it: pieces as they come, and the whole."""
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+
+import httpx2
+from pydantic import ValidationError
+
+from shared.client import ServiceClient
+from shared.errors import BadUpstream
+from shared.events import ERROR
+from shared.schemas.rewriter import DONE, Rewritten
+
+
+@dataclass(frozen=True, slots=True)
+class RewriteEvent:
+    """A piece of thinking or of a text, as the service sent it: `name` says which, `data` is JSON."""
+
+    name: str
+    data: str
+
+
+def rewritten_of(service: ServiceClient, body: bytes) -> Rewritten:
+    """The whole answer. Raises BadUpstream."""
+    try:
+        return Rewritten.model_validate_json(body)
+    except ValidationError:
+        raise BadUpstream(f"The {service.name} service answered something that is no text.") from None
+
+
+async def follow(
+    service: ServiceClient, stream: AsyncGenerator[httpx2.ServerSentEvent]
+) -> AsyncGenerator[RewriteEvent | Rewritten]:
+    """Pieces as they come, then the whole. Closing the generator ends the text. Raises a ServiceError."""
+    async with aclosing(stream) as events:
+        async for event in events:
+            if event.event == ERROR:
+                raise service.rebuilt(event.data.encode())
+            whole = event.event == DONE
+            yield rewritten_of(service, event.data.encode()) if whole else RewriteEvent(event.event, event.data)
