@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import structlog
 
 from services.gateway.clients import BackEnd
-from shared.errors import Unready
+from shared.errors import ServiceError, Unreachable, Unready
 from shared.schemas.public import ServiceHealth
 
 INTERVAL_S = 1.0
@@ -63,7 +63,7 @@ class Watch:
 
     async def _probe(self, name: str) -> None:
         back_end = self._back_ends[name]
-        url, error = back_end.service.base_url, await back_end.probe()
+        url, error = back_end.service.base_url, await _asked(name, back_end)
         before = self._health[name].status
         if error is None:
             health = ServiceHealth(status=READY, url=url)
@@ -74,3 +74,12 @@ class Watch:
         self._health[name] = health
         if health.status != before:
             log.info("service changed", name=name, status=health.status, reason=health.reason)
+
+
+async def _asked(name: str, back_end: BackEnd) -> ServiceError | None:
+    """What the service's probe answers. One that breaks is told as unreachable, so that the watch goes on."""
+    try:
+        return await back_end.probe()
+    except Exception:  # whatever it was: without the watch this gateway would stay as ready as it was for ever
+        log.exception("a service could not be asked", name=name)
+        return Unreachable("It could not be asked; the gateway's log has the cause.")
