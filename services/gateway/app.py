@@ -61,7 +61,8 @@ def create_app(
     back_ends |= {} if rewriter is None else {"rewriter": rewriter}
     back_ends |= {} if vl is None else {"vl": vl}
     watch = Watch(back_ends, optional=("rewriter", "vl"))
-    history, cache = _history(settings), _cache(settings)
+    cache = _cache(settings)
+    history = _history(settings, cache)
     engine = GatewayEngine(
         settings,
         templates,
@@ -96,10 +97,11 @@ def create_app(
     )
 
 
-def _history(settings: GatewaySettings) -> History | None:
+def _history(settings: GatewaySettings, cache: EmbeddingCache | None) -> History | None:
     if settings.redis_url is None:
         return None
-    return History(settings.redis_url, Bounds(settings.history_max_entries, settings.history_max_bytes))
+    bounds = Bounds(settings.history_max_entries, settings.history_max_bytes)
+    return History(settings.redis_url, bounds, make_room=None if cache is None else cache.make_room)
 
 
 def _cache(settings: GatewaySettings) -> EmbeddingCache | None:

@@ -12,7 +12,7 @@ from typing import Any, Self
 import structlog
 from redis.exceptions import RedisError
 
-from services.gateway.connection import connect, told
+from services.gateway.connection import connect, told, with_room
 from shared.errors import UnknownName, UpstreamTimeout
 
 PREFIX = "{zimage}:vl:"  # the braces keep the keys together on a Redis cluster
@@ -41,6 +41,7 @@ end
 """
 _PUT = """
 local id, message, ttl_ms, most = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
+redis.call('INCRBY', p..'bytes', 0) -- refused while Redis is full, which it asks of a script's first write only
 drop(id)
 sweep(ttl_ms)
 if #message > most then return 0 end
@@ -69,6 +70,17 @@ for _, id in ipairs(redis.call('ZRANGE', p..'index', 0, -1, 'REV')) do
 end
 return ids
 """
+_DROP_OLDEST = """
+local wanted, dropped = tonumber(ARGV[1]), 0
+while wanted > 0 do
+  local id = redis.call('ZRANGE', p..'index', 0, 0)[1]
+  if not id then break end
+  wanted = wanted - (redis.call('HGET', p..'sizes', id) or 0)
+  drop(id)
+  dropped = dropped + 1
+end
+return dropped
+"""
 _DELETE = """
 local there = redis.call('EXISTS', p..'entry:'..ARGV[1])
 drop(ARGV[1])
@@ -91,8 +103,8 @@ class EmbeddingCache:
         self._redis = connect(url)
         self._max_bytes = max_bytes
         self._ttl_ms = max(1, int(ttl_s * 1000))
-        self._put, self._get, self._list, self._delete, self._clear = (
-            self._redis.register_script(_COMMON + text) for text in (_PUT, _GET, _LIST, _DELETE, _CLEAR)
+        self._put, self._get, self._list, self._drop_oldest, self._delete, self._clear = (
+            self._redis.register_script(_COMMON + text) for text in (_PUT, _GET, _LIST, _DROP_OLDEST, _DELETE, _CLEAR)
         )
 
     async def __aenter__(self) -> Self:
@@ -111,10 +123,18 @@ class EmbeddingCache:
 
     async def put(self, embeddings_id: str, message: bytes) -> None:
         """Keeps the message, and drops what was not used for longest until there is room. Raises Unreachable."""
+        arguments = [embeddings_id, message, self._ttl_ms, self._max_bytes]
         async with _told():
-            kept = await self._put(keys=[PREFIX], args=[embeddings_id, message, self._ttl_ms, self._max_bytes])
+            kept = await with_room(lambda: self._put(keys=[PREFIX], args=arguments), self.make_room, len(message))
         if not kept:
             log.warning("embeddings are larger than the whole cache", id=embeddings_id, bytes=len(message))
+
+    async def make_room(self, wanted: int) -> bool:
+        """Drops what was not used for longest, `wanted` bytes of it, while Redis is full; answers whether there was
+        any. Raises RedisError."""
+        dropped = int(await self._drop_oldest(keys=[PREFIX], args=[wanted]))
+        log.warning("Redis is full: embeddings were dropped", entries=dropped)
+        return dropped > 0
 
     async def ids(self) -> list[str]:
         """The ids that are kept, those used last first. Raises Unreachable."""

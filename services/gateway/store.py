@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import structlog
-from redis.exceptions import RedisError
+from redis.exceptions import OutOfMemoryError, RedisError
 
-from services.gateway.connection import ANSWER_TIMEOUT_S, AWAY, connect, told
+from services.gateway.connection import ANSWER_TIMEOUT_S, AWAY, MakeRoom, connect, told, with_room
 from services.gateway.scripts import ADD, CLEAR, DELETE
 from shared.errors import UnknownName
 
@@ -50,8 +50,10 @@ class Deleted:
 class History:
     """Pictures that were made, newest last, with what made them."""
 
-    def __init__(self, url: str, bounds: Bounds) -> None:
+    def __init__(self, url: str, bounds: Bounds, *, make_room: MakeRoom | None = None) -> None:
+        """`make_room` drops what may go before history does, when Redis is full."""
         self._bounds = bounds
+        self._make_room = make_room or _nothing_to_drop
         self._redis = connect(url)
         self._add, self._delete, self._clear = (self._redis.register_script(text) for text in (ADD, DELETE, CLEAR))
         self._away_since: float | None = None
@@ -74,7 +76,7 @@ class History:
         return self._away_since is None
 
     async def add(self, entry: Mapping[str, Any], png: bytes, thumbnail: bytes) -> int | None:
-        """Keeps a picture and answers its id once Redis has it on disk; None when Redis is away for longer.
+        """Keeps a picture and answers its id once Redis has it on disk; None when Redis is away for longer, or full.
 
         An answer that got lost is asked for again under the same token, so that a picture is kept exactly once.
         """
@@ -88,6 +90,8 @@ class History:
                 return await self._add_until_answered(arguments)
         except TimeoutError:
             log.warning("a picture could not be kept: Redis is away")
+        except OutOfMemoryError:
+            log.error("a picture could not be kept: Redis is full")  # noqa: TRY400 - known and told
         except RedisError as error:
             log.error("history could not be written", reason=type(error).__name__)  # noqa: TRY400 - known and told
         return None
@@ -136,9 +140,10 @@ class History:
             return int(await self._clear(keys=[PREFIX], args=[]))
 
     async def _add_until_answered(self, arguments: Sequence[Any]) -> int:
+        size = sum(len(item) for item in arguments[:3])
         while True:
             try:
-                return int(await self._add(keys=[PREFIX], args=arguments))
+                return int(await with_room(lambda: self._add(keys=[PREFIX], args=arguments), self._make_room, size))
             except AWAY:
                 await asyncio.sleep(ADD_PAUSE_S)
 
@@ -167,6 +172,10 @@ class History:
                 log.warning("Redis is back" if here else "Redis is away")
                 self._away_since = None if here else time.monotonic()
             await asyncio.sleep(PING_INTERVAL_S)
+
+
+async def _nothing_to_drop(_: int) -> bool:
+    return False
 
 
 def _told() -> AbstractAsyncContextManager[None]:

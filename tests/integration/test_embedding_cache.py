@@ -3,6 +3,7 @@
 import asyncio
 import uuid
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 
 import pytest
 from embedded_redis import EmbeddedRedis, embedded_redis
@@ -12,7 +13,7 @@ from services.gateway.store import Bounds, History
 from shared.errors import UnknownName, Unreachable, UpstreamTimeout
 
 pytestmark = pytest.mark.slow
-KIB = 1 << 10
+KIB, MIB = 1 << 10, 1 << 20
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +121,52 @@ async def test_one_at_a_time(cache: EmbeddingCache, redis: EmbeddedRedis) -> Non
                     pass
             async with other.alone("b", timeout_s=0.2):
                 pass
+
+
+@asynccontextmanager
+async def full(cache: EmbeddingCache, spare: int = 0) -> AsyncIterator[None]:
+    """Redis may have no more memory than it has now."""
+    used = (await cache._redis.info("memory"))["used_memory"]
+    await cache._redis.config_set("maxmemory", used + spare)
+    try:
+        yield
+    finally:
+        await cache._redis.config_set("maxmemory", 0)
+
+
+async def test_history_finds_room_where_embeddings_were(redis: EmbeddedRedis) -> None:
+    async with cache_of(redis, max_bytes=100 * MIB) as cache:
+        history = History(redis.url, Bounds(100, 1 << 30), make_room=cache.make_room)
+        async with history:
+            await history.add({"prompt": "first"}, bytes(MIB), b"jpeg")
+            for name in "abcdefghijkl":
+                await cache.put(name, bytes(MIB))
+            async with full(cache):
+                assert await history.add({"prompt": "second"}, bytes(2 * MIB), b"jpeg") is not None
+                kept = await cache.ids()
+                assert kept == list("lkjihgfedcba")[: len(kept)]
+                assert 0 < len(kept) < 12
+                await cache.put("m", bytes(MIB))  # in the place of others
+                assert (await cache.ids())[0] == "m"
+                assert await history.count() == 2
+                for number in range(20):
+                    if await history.add({"prompt": str(number)}, bytes(2 * MIB), b"jpeg") is None:
+                        break
+                assert await cache.ids() == []
+                assert await history.count() == 2 + number
+                with pytest.raises(Unreachable, match="full"):
+                    await cache.put("n", bytes(MIB))
+                assert [entry["prompt"] async for entry, _ in history.entries()][:2] == ["first", "second"]
+                assert await history.clear() == 2 + number  # which makes room again
+                assert await history.add({"prompt": "third"}, bytes(MIB), b"jpeg") is not None
+            assert await history.clear() == 1
+
+
+async def test_embeddings_can_be_used_while_redis_is_full(cache: EmbeddingCache) -> None:
+    await cache.put("a", b"a" * KIB)
+    await cache.put("b", b"b" * KIB)
+    async with full(cache, spare=-(1 << 16)):
+        assert await cache.get("a") == b"a" * KIB
+        assert await cache.ids() == ["a", "b"]
+        await cache.delete("a")
+        assert await cache.clear() == 1
