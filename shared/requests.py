@@ -7,19 +7,18 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Awaitable
+from contextlib import ExitStack
 from typing import TypeVar
 
 import structlog
 from fastapi import Request
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from shared.bodies import BodyLimits, HeldBodies
 from shared.errors import (
-    BodyTooLarge,
     ClientGone,
     HeadersTooLarge,
     InternalError,
@@ -42,38 +41,13 @@ T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class BodyLimits:
-    """How many bytes a request's body may have: `usual`, and of paths that begin with a key of `larger` more."""
-
-    usual: int
-    larger: Mapping[str, int] = field(default_factory=dict)
-
-    def of(self, path: str) -> int:
-        """The limit of a path."""
-        return next((limit for prefix, limit in self.larger.items() if path.startswith(prefix)), self.usual)
-
-
-class CountedBodies:
-    """Counts what arrives of bodies of unknown length, up to each path's limit; the counting is the framework's."""
-
-    def __init__(self, app: ASGIApp, *, max_body_bytes: int | BodyLimits) -> None:
-        self.app = app
-        self.limits = _limits(max_body_bytes)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handles one ASGI connection."""
-        limit = self.limits.of(scope.get("path", ""))
-        await RequestBodyLimitMiddleware(self.app, limit)(scope, receive, send)
-
-
 class RequestContext:
     """Gives each request an id (the caller's, if it sent a good one), logs it when it ends and counts it."""
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, max_body_bytes: int | BodyLimits) -> None:
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, limits: BodyLimits) -> None:
         self.app = app
         self.metrics = metrics
-        self.limits = _limits(max_body_bytes)
+        self.bodies = HeldBodies(limits)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles one ASGI connection."""
@@ -95,11 +69,22 @@ class RequestContext:
 
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             try:
-                error = self._refusal(headers, scope) or await self._run(scope, _in_time(receive), send_with_id)
+                error = await self._judged(headers, scope, _in_time(receive), send_with_id)
                 if error is not None and not status:
                     await problem_response(error, request_id)(scope, receive, send_with_id)
             finally:
                 self._record(scope, status or ClientGone.status, time.perf_counter() - started)
+
+    async def _judged(self, headers: Headers, scope: Scope, receive: Receive, send: Send) -> ServiceError | None:
+        """Runs the app unless headers or body are refused; answers what the client is to be told."""
+        with ExitStack() as stack:
+            try:
+                if sum(len(name) + len(value) for name, value in headers.raw) > MAX_HEADER_BYTES:
+                    raise HeadersTooLarge(f"The request headers are larger than {MAX_HEADER_BYTES} bytes.")
+                stack.enter_context(self.bodies.place(scope["path"], headers))
+            except ServiceError as refusal:
+                return refusal
+            return await self._run(scope, receive, send)
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> ServiceError | None:
         """Runs the app; answers what the client is to be told where the app told nothing.
@@ -128,24 +113,11 @@ class RequestContext:
             return InternalError(_UNKNOWN)
         return None
 
-    def _refusal(self, headers: Headers, scope: Scope) -> ServiceError | None:
-        max_body_bytes = self.limits.of(scope["path"])
-        if sum(len(name) + len(value) for name, value in headers.raw) > MAX_HEADER_BYTES:
-            return HeadersTooLarge(f"The request headers are larger than {MAX_HEADER_BYTES} bytes.")
-        length = headers.get("content-length", "0")
-        if not length.isascii() or not length.isdigit() or int(length[:20]) > max_body_bytes:
-            return BodyTooLarge(f"The request body is larger than {max_body_bytes} bytes.")
-        return None
-
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")
         self.metrics.observe_request(scope["method"], route, status, seconds)
         if not scope["path"].startswith(_QUIET_PATHS):
             log.info("request", method=scope["method"], path=scope["path"], status=status, duration_s=round(seconds, 4))
-
-
-def _limits(given: int | BodyLimits) -> BodyLimits:
-    return given if isinstance(given, BodyLimits) else BodyLimits(given)
 
 
 def _in_time(receive: Receive) -> Receive:

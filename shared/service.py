@@ -7,9 +7,10 @@ from typing import Any, Protocol
 
 from fastapi import APIRouter, FastAPI
 
+from shared.bodies import BodyLimits, CountedBodies
 from shared.health import Metrics, Readiness, health_router
 from shared.problems import install_handlers
-from shared.requests import BodyLimits, CountedBodies, RequestContext
+from shared.requests import RequestContext
 
 
 class Lifespan(Protocol):
@@ -38,8 +39,9 @@ def create_service(
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.stop = _nobody_to_stop
-    app.add_middleware(CountedBodies, max_body_bytes=max_body_bytes)
-    app.add_middleware(RequestContext, metrics=metrics, max_body_bytes=max_body_bytes)
+    limits = max_body_bytes if isinstance(max_body_bytes, BodyLimits) else BodyLimits(max_body_bytes)
+    app.add_middleware(CountedBodies, limits=limits)
+    app.add_middleware(RequestContext, metrics=metrics, limits=limits)
     install_handlers(app)
     app.include_router(health_router(metrics, readiness))
     for router in routers:

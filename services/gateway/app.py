@@ -20,16 +20,16 @@ from services.gateway.state import State
 from services.gateway.store import Bounds, History
 from services.gateway.vision import Vision
 from services.gateway.watch import Watch
+from shared.bodies import BodyLimits
 from shared.client import ServiceClient
 from shared.health import Metrics
 from shared.pictures import MAX_PICTURE_BYTES
-from shared.requests import BodyLimits
 from shared.service import create_service
 from shared.templates import load_templates
 
 MAX_BODY_BYTES = 2 << 20  # four texts of 32,000 characters, each at most 12 bytes in JSON
 MAX_BODY_WITH_PICTURES_BYTES = MAX_BODY_BYTES + MAX_PICTURE_BYTES * 4 // 3  # one of the largest in base64
-BODY_LIMITS = BodyLimits(MAX_BODY_BYTES, dict.fromkeys(("/api/vl/", "/api/rewrite"), MAX_BODY_WITH_PICTURES_BYTES))
+PICTURE_PATHS = ("/api/vl/", "/api/rewrite")
 MAX_EMBEDDINGS_BYTES = 512 << 20
 MAX_PNG_BYTES = 64 << 20
 MAX_REWRITTEN_BYTES = 16 << 20
@@ -93,7 +93,11 @@ def create_app(
         routers=[module.router for module in (generate, prompts, rewrite, vl_routes, history_routes, health)],
         readiness=watch.unready_reason,
         metrics=metrics,
-        max_body_bytes=BODY_LIMITS,
+        max_body_bytes=BodyLimits(
+            MAX_BODY_BYTES,
+            larger=dict.fromkeys(PICTURE_PATHS, MAX_BODY_WITH_PICTURES_BYTES),
+            together=settings.max_upload_bytes,
+        ),
     )
 
 

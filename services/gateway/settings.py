@@ -115,6 +115,13 @@ class GatewaySettings(UpstreamSettings, DataSettings, VisionSettings):
     max_pixels: int = setting(
         DEFAULT_MAX_PIXELS, key="generation.max_pixels", ge=256, description="largest width x height of a picture"
     )
+    max_upload_bytes: int = setting(
+        256 << 20,
+        key="server.max_upload_bytes",
+        ge=32 << 20,
+        description="bytes that bodies with pictures, of more than 2 MiB each, may have at the same time; beyond it a "
+        "request is refused",
+    )
     encode_timeout_s: float = setting(
         120.0, key="server.encode_timeout_s", gt=0, description="deadline of an encode, in seconds"
     )

@@ -1,5 +1,6 @@
 """Vision conditioning at a gateway without Redis, before a vl service in this process."""
 
+import asyncio
 import base64
 import json
 from collections.abc import AsyncIterator
@@ -9,7 +10,7 @@ import httpx2
 import pytest
 from conftest import Gateway, Recorder, Start, Whole
 from fastapi import FastAPI
-from inprocess import started, until
+from inprocess import eventually, started, until
 from pictures import encoded
 
 from services.gateway.references import VlClient, id_of
@@ -55,6 +56,30 @@ async def test_a_picture_in_one_go(seeing: tuple[Gateway, Recorder]) -> None:
     message = gateway.diffusion.calls[-1][0].content
     header = parse_header(message)
     assert [tensor.name for tensor in header.tensors] == ["text", "vl"]
+
+
+async def test_large_uploads_are_bounded_together(start_gateway: Start) -> None:
+    async with start_gateway(max_upload_bytes=32 << 20) as gateway:
+        begun, gate = 0, asyncio.Event()
+
+        async def slowly() -> AsyncIterator[bytes]:  # of unknown length, so that it counts as the largest
+            nonlocal begun
+            begun += 1
+            yield b"{"
+            await gate.wait()
+
+        headers = {"content-type": "application/json"}
+        upload = asyncio.create_task(gateway.client.post("/api/rewrite", content=slowly(), headers=headers))
+        await eventually(lambda: begun)
+        large = {"prompt": "What is it?", "image": "A" * (6 << 20)}
+        for path in ("/api/rewrite", PATH, "/api/vl/extract"):
+            answer = await gateway.client.post(path, json=large)
+            assert (answer.status_code, answer.json()["code"]) == (429, "queue_full"), path
+            assert answer.headers["retry-after"]
+        assert (await gateway.generate()).status_code == 200
+        gate.set()
+        await upload
+        assert (await gateway.client.post("/api/rewrite", json=large)).status_code != 429
 
 
 async def test_alpha_0_sends_what_draws_the_same(seeing: tuple[Gateway, Recorder]) -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from inprocess import client_of, served
 from pydantic import BaseModel
 
+from shared.bodies import BodyLimits
 from shared.errors import ClientGone, QueueFull
 from shared.health import Metrics
 from shared.problems import MEDIA_TYPE
@@ -30,7 +31,7 @@ class Body(BaseModel):
     text: str
 
 
-def make_app(waiting_for: list[str], max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
+def make_app(waiting_for: list[str], max_body_bytes: int | BodyLimits = MAX_BODY_BYTES) -> FastAPI:
     router = APIRouter(prefix="/v1")
 
     @router.post("/echo", dependencies=[Depends(require_json)])
@@ -294,7 +295,7 @@ async def test_other_protocols_pass_by() -> None:
     async def inner(scope: Any, receive: Any, send: Any) -> None:
         seen.append(scope["type"])
 
-    await RequestContext(inner, metrics=Metrics("m"), max_body_bytes=1)({"type": "lifespan"}, None, None)  # type: ignore[arg-type]
+    await RequestContext(inner, metrics=Metrics("m"), limits=BodyLimits(1))({"type": "lifespan"}, None, None)  # type: ignore[arg-type]
     assert seen == ["lifespan"]
 
 
@@ -305,7 +306,7 @@ async def test_an_error_after_the_answer_began_closes_the_connection() -> None:
 
     metrics = Metrics("m")
     with pytest.raises(ZeroDivisionError):
-        await call(RequestContext(inner, metrics=metrics, max_body_bytes=1), headers=[])
+        await call(RequestContext(inner, metrics=metrics, limits=BodyLimits(1)), headers=[])
     sample = {"service": "m", "method": "POST", "route": "unmatched", "status": "200"}
     assert metrics.registry.get_sample_value("zimage_requests_total", sample) == 1
 
@@ -350,7 +351,7 @@ async def test_an_answer_may_take_longer_than_a_body(monkeypatch: pytest.MonkeyP
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b""})
 
-    app = RequestContext(inner, metrics=Metrics("m"), max_body_bytes=10)
+    app = RequestContext(inner, metrics=Metrics("m"), limits=BodyLimits(10))
     async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://test") as client:
         assert (await client.post("/", content=b"body")).status_code == 200
 
@@ -450,7 +451,7 @@ async def test_a_client_that_goes_away_from_a_real_server_stops_the_work() -> No
             finally:
                 recorded.set()
 
-    async with served(RequestContext(inner, metrics=metrics, max_body_bytes=1)) as url:
+    async with served(RequestContext(inner, metrics=metrics, limits=BodyLimits(1))) as url:
         port = int(url.rpartition(":")[2])
         _, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")

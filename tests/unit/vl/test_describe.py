@@ -49,7 +49,9 @@ async def client(vision_model: VisionModel) -> AsyncIterator[httpx2.AsyncClient]
 
 
 def message(picture: bytes = PICTURE, **fields: Any) -> bytes:
-    header = build_header([TensorMeta("image", "U8", (len(picture),))], {"parameters": json.dumps({**WANTED, **fields})})
+    header = build_header(
+        [TensorMeta("image", "U8", (len(picture),))], {"parameters": json.dumps({**WANTED, **fields})}
+    )
     return header + picture
 
 
