@@ -16,6 +16,8 @@ from shared.schemas.diffusion import Blending
 from shared.schemas.fields import BlendMode, OutlierMasking
 
 NEIGHBOURS = 2  # tokens on each side that a token is compared with
+STANDS_OUT, STEEPNESS = 2.0, 4
+"""A token that is so many times as salient as the mean keeps half of its text; how fast that share rises around it."""
 OUTLIER_FACTOR = 10.0
 """A dimension is an outlier when it spreads more than so many times as far as the text's own does."""
 
@@ -64,15 +66,16 @@ def graduated(text: torch.Tensor, blending: Blending) -> torch.Tensor:
 
 
 def attention_weighted(text: torch.Tensor, blending: Blending) -> torch.Tensor:
-    """Less alpha for tokens that stand out from their neighbours: `alpha * m / (s + m)`, [tokens, 1].
+    """Less alpha for tokens that stand out from their neighbours: `alpha / (1 + (s / (2 m)) ** 4)`, [tokens, 1].
 
-    `s` is a token's salience (see there) and `m` the mean of all, so a token of middling salience has half of alpha,
-    one that says what its neighbours say nearly all of it. Where all are alike each has half: never the same as linear.
+    `s` is a token's salience (see there) and `m` the mean of all. Only who stands out is to be spared, and alpha 1 means
+    the reference alone, so a token of middling salience has 16/17 of alpha; one with `STANDS_OUT` times the mean has
+    half, one with twice that 1/17. Where all are alike each has 16/17: never the same as linear.
     """
     salience = token_salience(text)
     mean = salience.mean()
-    weights = torch.where(mean > 0, mean / (salience + mean), torch.full_like(salience, 0.5))
-    return blending.alpha * weights[:, None]
+    relative = torch.where(mean > 0, salience / mean, torch.ones_like(salience))
+    return (blending.alpha / (1 + (relative / STANDS_OUT) ** STEEPNESS))[:, None]
 
 
 def token_salience(text: torch.Tensor) -> torch.Tensor:

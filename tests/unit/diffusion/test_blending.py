@@ -79,6 +79,23 @@ def test_attention_weighted_spares_tokens_that_stand_out() -> None:
     assert weights.max() <= 0.8
 
 
+def test_attention_weighted_leaves_little_of_tokens_that_do_not_stand_out() -> None:
+    """Alpha 1 is the reference alone but for those tokens that the mode is there to spare."""
+    common, other = embeddings(1)[0], embeddings(1, seed=7)[0]
+    text = common + 0.3 * embeddings(40, seed=5)
+    text[20] = other
+    salience = token_salience(text)
+    relative = salience / salience.mean()
+    weights = blending.attention_weighted(text, how(BlendMode.ATTENTION_WEIGHTED, 1.0))[:, 0]
+    assert relative[20] > 4
+    assert weights[20] < 1 / 17
+    assert bool((weights[relative < 1] > 0.94).all())
+    assert bool((weights.argsort() == relative.argsort(descending=True)).all())
+    apart = (blend(text, [REFERENCE], how(BlendMode.ATTENTION_WEIGHTED, 1.0)) - resample(REFERENCE, 40)).norm(dim=1)
+    whole = (text - resample(REFERENCE, 40)).norm(dim=1)
+    torch.testing.assert_close(apart / whole, 1 - weights)
+
+
 @pytest.mark.parametrize(
     "text", [TEXT, embeddings(1), embeddings(2), embeddings(1).repeat(9, 1), torch.zeros(4, TEXT_WIDTH)]
 )
