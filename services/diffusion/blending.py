@@ -68,9 +68,9 @@ def graduated(text: torch.Tensor, blending: Blending) -> torch.Tensor:
 def attention_weighted(text: torch.Tensor, blending: Blending) -> torch.Tensor:
     """Less alpha for tokens that stand out from their neighbours: `alpha / (1 + (s / (2 m)) ** 4)`, [tokens, 1].
 
-    `s` is a token's salience (see there) and `m` the mean of all. Only who stands out is to be spared, and alpha 1 means
-    the reference alone, so a token of middling salience has 16/17 of alpha; one with `STANDS_OUT` times the mean has
-    half, one with twice that 1/17. Where all are alike each has 16/17: never the same as linear.
+    `s` is a token's salience (see there) and `m` the mean of all. Only who stands out is to be spared, and alpha 1
+    means the reference alone, so a token of middling salience has 16/17 of alpha; one with `STANDS_OUT` times the mean
+    has half, one with twice that 1/17. Where all are alike each has 16/17: never the same as linear.
     """
     salience = token_salience(text)
     mean = salience.mean()

@@ -5,6 +5,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import TypedDict
 
+import structlog
 from fastapi import FastAPI
 
 from services.vl.engine import Limits, VlEngine
@@ -17,6 +18,8 @@ from shared.service import create_service
 from shared.wire import MAX_HEADER_BYTES
 
 MAX_BODY_BYTES = MAX_PICTURE_BYTES + MAX_HEADER_BYTES
+log = structlog.get_logger(__name__)
+
 DESCRIPTION = "Turns a reference picture into hidden states of Qwen3-VL, and describes it."
 
 
@@ -62,6 +65,15 @@ def create_app(settings: VlSettings, *, model: VisionModel | None = None) -> Fas
 def _load(settings: VlSettings) -> VisionModel:
     """The model; its weights too, where they are to stay."""
     model = load_vision_model(settings)
+    facts = model.facts
+    log.info(
+        "vision-language model found",
+        model_path=facts.path,
+        device=facts.device,
+        dtype=facts.dtype,
+        layers=facts.layers,
+        fingerprint=facts.fingerprint,
+    )
     if not settings.vl_auto_unload:
         model.load()
     return model

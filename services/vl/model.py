@@ -215,7 +215,6 @@ def load_vision_model(settings: VlSettings) -> VisionModel:
         ends=_ends(config, tokenizer),
         openings={choice: _opening(tokenizer, enable_thinking=choice) for choice in (None, True, False)},
     )
-    log.info("vision-language model found", model_path=str(folder), **_logged(facts))
     return VisionModel(folder, processor, Layout(tokenizer.backend_tokenizer, image), facts, dtype)
 
 
@@ -274,7 +273,3 @@ def _opening(tokenizer: Any, *, enable_thinking: bool | None) -> str:
     except TemplateError:
         raise UnusableModel("the vision-language model's chat template takes no plain conversation") from None
     return str(text.rpartition(ASSISTANT)[2]) if ASSISTANT in text else ""
-
-
-def _logged(facts: ModelFacts) -> dict[str, Any]:
-    return {"device": facts.device, "dtype": facts.dtype, "layers": facts.layers, "fingerprint": facts.fingerprint}

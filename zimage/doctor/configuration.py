@@ -8,10 +8,11 @@ from services.diffusion.settings import DiffusionSettings
 from services.encoder.settings import EncoderSettings
 from services.gateway.settings import GatewaySettings
 from services.rewriter.settings import BackEndKind, RewriterSettings
+from services.vl.settings import VlSettings
 from shared.settings import CONFIG_FILE, DEFAULT_PROFILE, PROFILE, InvalidSettings, ServiceSettings
 from zimage.doctor.row import Row, missing, ok
 from zimage.flags import check_configuration
-from zimage.plan import DIFFUSION, ENCODER, GATEWAY, REWRITER, CannotStart, rewriter_back_end
+from zimage.plan import DIFFUSION, ENCODER, GATEWAY, REWRITER, VL, CannotStart, rewriter_back_end
 
 WHAT = "configuration"
 S = TypeVar("S", bound=ServiceSettings)
@@ -25,6 +26,7 @@ class Configuration:
     encoder: EncoderSettings
     diffusion: DiffusionSettings
     rewriter: RewriterSettings
+    vl: VlSettings
 
     @property
     def runs_encoder(self) -> bool:
@@ -54,6 +56,7 @@ def read_configuration() -> tuple[Row, Configuration | None]:
         _of(EncoderSettings, settings[ENCODER]),
         _of(DiffusionSettings, settings[DIFFUSION]),
         _of(RewriterSettings, settings[REWRITER]),
+        _of(VlSettings, settings[VL]),
     )
     try:
         rewriter_back_end(configuration.gateway, configuration.rewriter)

@@ -19,6 +19,7 @@ from zimage.doctor.libraries import REINSTALL, library_row, package_row, try_imp
 from zimage.doctor.model import lora_rows, model_rows
 from zimage.doctor.options import calibrate, calibration_row, option_rows
 from zimage.doctor.row import Row, State, missing
+from zimage.doctor.vision import vision_rows
 
 _STYLES = {State.OK: "green", State.NOTE: "yellow", State.MISSING: "bold red"}
 
@@ -81,6 +82,7 @@ def _configured_rows(configuration: Configuration, tensors: ModuleType | None) -
     yield machine.redis_row(configuration.gateway)
     yield from model_rows(configuration, tensors)
     yield from lora_rows(configuration)
+    yield from vision_rows(configuration, tensors)
 
 
 def _drawing_device(configuration: Configuration | None, tensors: ModuleType | None) -> str:

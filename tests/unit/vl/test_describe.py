@@ -1,4 +1,4 @@
-"""`/v1/describe`: both forms of the answer, the settings' defaults, and thinking told apart, as the rewriter does it."""
+"""`/v1/describe`: both forms of the answer, the settings' defaults, and thinking told apart as the rewriter does."""
 
 import asyncio
 import json
