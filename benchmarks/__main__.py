@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import compiled, demo, encode, engine, health, history, memory, mix, overhead, rewrite
+from benchmarks import compiled, demo, encode, engine, health, history, memory, mix, overhead, rewrite, vision
 from benchmarks.neighbours import Neighbours
 from benchmarks.results import Figure, Findings, show, write
 from benchmarks.setting import Setting
@@ -15,7 +15,7 @@ from shared.logs import configure_logs
 
 BENCHMARKS: Mapping[str, Callable[[Setting], Findings]] = {
     module.NAME: module.run
-    for module in (overhead, demo, engine, mix, compiled, health, encode, rewrite, history, memory)
+    for module in (overhead, demo, engine, mix, compiled, health, encode, rewrite, vision, history, memory)
 }
 
 

@@ -35,11 +35,11 @@ class Server:
 
 
 @contextmanager
-def serve(model: Path, data_dir: Path) -> Iterator[Server]:
-    """Starts the server on a free port and hands it out once it is ready."""
+def serve(model: Path, data_dir: Path, *flags: str, **settings: str) -> Iterator[Server]:
+    """Starts the server on a free port and hands it out once it is ready; `settings` go into its environment."""
     with socket.create_server(("127.0.0.1", 0)) as opened:
         port = opened.getsockname()[1]
-    command = ["serve", "--model-path", str(model), "--port", str(port), "--data-dir", str(data_dir)]
+    command = ["serve", "--model-path", str(model), "--port", str(port), "--data-dir", str(data_dir), *flags]
     log = data_dir / "bench-server.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -47,7 +47,7 @@ def serve(model: Path, data_dir: Path) -> Iterator[Server]:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "NO_COLOR": "1"},
+            env={**os.environ, "NO_COLOR": "1", **settings},
         )
     server = Server(f"http://127.0.0.1:{port}", psutil.Process(process.pid))
     try:

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Self
 
 from benchmarks.processes import Server, serve
-from zimage.checkpoints import Size, make_checkpoint
+from zimage.checkpoints import Size, make_checkpoint, make_vision_checkpoint
 
 
 class Setting:
@@ -33,6 +33,12 @@ class Setting:
     def model(self) -> Path:
         """The model of moderate size."""
         return self.checkpoint(Size.BENCH)
+
+    @cached_property
+    def vision_model(self) -> Path:
+        """The Qwen3-VL model that goes with it."""
+        folder = self.data_dir / "checkpoints" / "bench-vl"
+        return make_vision_checkpoint(folder, size=Size.BENCH, dtype="bfloat16")
 
     @cached_property
     def server(self) -> Server:

@@ -2,6 +2,7 @@
 
 import base64
 import re
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,9 +21,9 @@ IMAGE = base64.b64encode(encoded()).decode()
 def seeing(
     tiny_checkpoint: Path, tiny_vision_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Running]:
-    with serve(
-        tiny_checkpoint, tmp_path_factory.mktemp("seeing"), "--vl-model-path", str(tiny_vision_checkpoint)
-    ) as started:
+    small = {"ZIMAGE_WIDTH": "64", "ZIMAGE_HEIGHT": "64", "ZIMAGE_STEPS": "2"}  # of pictures that name no size
+    flags = ("--vl-model-path", str(tiny_vision_checkpoint))
+    with serve(tiny_checkpoint, tmp_path_factory.mktemp("seeing"), *flags, **small) as started:
         yield started
 
 
@@ -51,18 +52,40 @@ def test_conformance(seeing: Running, tmp_path: Path) -> None:
     assert re.search(r"^6 passed, 0 failed, 0 skipped$", ended.stdout, re.MULTILINE), ended.stdout + ended.stderr
 
 
-def test_the_specification_s_examples(eyes: httpx2.Client) -> None:
-    """Both workflows, with smaller pictures."""
-    embeddings_id = extracted(eyes, hidden_layer=-2)["embeddings_id"]
-    small = {"width": 64, "height": 64, "steps": 2}
-    for seed in (42, 123, 456):
-        body = {"vl_embeddings_id": embeddings_id, "vl_alpha": 0.3, "vl_blend_mode": "style_only", "seed": seed}
-        answer = eyes.post("/api/vl/generate", json={"prompt": "A cat sleeping in sunlight", **body, **small})
-        assert png_size(answer.content) == (64, 64)
-        assert (answer.headers["x-seed"], answer.headers["x-vl-alpha"]) == (str(seed), "0.3")
-    assert eyes.delete(f"/api/vl/cache/{embeddings_id}").json() == {"deleted": embeddings_id}
-    body = {"prompt": "A cat sleeping in sunlight", "vl_image": IMAGE, "vl_alpha": 0.3, **small}
-    assert eyes.post("/api/vl/generate", json=body).headers["x-vl-blend-mode"] == "linear"
+def test_the_specification_s_workflows(
+    seeing: Running, eyes: httpx2.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both scripts as they stand, one after the other; only where `localhost:7860` leads is ours."""
+    text = shared_file("spec/web_server_api.md").read_text()
+    scripts = re.findall(r"```python\n(.*?)```", text[text.index("### VL Workflow Example") :], re.DOTALL)
+    assert len(scripts) == 2
+    looked_up = socket.getaddrinfo
+
+    def ours(host: str, port: int, *more: Any, **named: Any) -> Any:
+        assert (host, port) == ("localhost", 7860)
+        return looked_up("127.0.0.1", int(seeing.url.rpartition(":")[2]), *more, **named)
+
+    (tmp_path / "reference.jpg").write_bytes(encoded(kind="JPEG"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NO_PROXY", "localhost")
+    eyes.delete("/api/vl/cache")
+    names: dict[str, Any] = {}
+    with monkeypatch.context() as leading:
+        leading.setattr(socket, "getaddrinfo", ours)
+        for script in scripts:
+            exec(compile(script, "a script of the specification", "exec"), names)  # noqa: S102 - it is the test
+    pictures = [(tmp_path / f"output_{seed}.png").read_bytes() for seed in (42, 123, 456)]
+    assert [png_size(picture) for picture in pictures] == [(64, 64)] * 3
+    assert len(set(pictures)) == 3
+    assert names["extract_resp"].json()["num_tokens"] > 0
+    headers = names["gen_resp"].headers
+    assert (headers["x-vl-alpha"], headers["x-vl-blend-mode"]) == ("0.3", "linear")
+    assert png_size(names["gen_resp"].content) == (64, 64)
+    entries = eyes.get("/api/history?images=none").json()["history"][-4:]
+    assert [entry["vl_blend_mode"] for entry in entries] == ["style_only"] * 3 + ["linear"]
+    assert {entry["vl_embeddings_id"] for entry in entries[:3]} == {names["embeddings_id"]}
+    kept = eyes.get("/api/vl/status").json()["cached_embeddings"]
+    assert kept == [entries[3]["vl_embeddings_id"]], "the first script deletes what it had extracted"
 
 
 def test_a_form_is_the_same_as_json(eyes: httpx2.Client) -> None:
@@ -144,6 +167,9 @@ def test_a_picture_is_described(eyes: httpx2.Client) -> None:
     assert (answer.json()["original_prompt"], answer.json()["backend"]) == (body["prompt"], "local")
     templated = eyes.post("/api/rewrite", json={**body, "rewriter": "rewriter_general"})
     assert templated.json()["rewriter"] == "rewriter_general"
+    followed = eyes.post("/api/rewrite", json={**body, "seed": 1}, headers={"accept": "text/event-stream"}).text
+    assert followed.count("event: text") + followed.count("event: thinking") >= 1
+    assert followed.rindex("event: done") > followed.rindex("event: t")
     assert eyes.post("/api/rewrite", json={**body, "image": "x"}).status_code == 422
     assert eyes.post("/api/rewrite", json={**body, "rewriter": "nope"}).status_code == 404
 
