@@ -123,7 +123,7 @@ class EmbeddingCache:
 
     async def put(self, embeddings_id: str, message: bytes) -> None:
         """Keeps the message, and drops what was not used for longest until there is room. Raises Unreachable."""
-        arguments = [embeddings_id, message, self._ttl_ms, self._max_bytes]
+        arguments: list[str | bytes | int] = [embeddings_id, message, self._ttl_ms, self._max_bytes]
         async with _told():
             kept = await with_room(lambda: self._put(keys=[PREFIX], args=arguments), self.make_room, len(message))
         if not kept:
