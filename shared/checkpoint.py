@@ -21,7 +21,7 @@ class UnusableModel(Exception):
 def require_parts(model_path: Path, *parts: str) -> Path:
     """The directory, if it holds every named part (a folder with a configuration). Raises UnusableModel."""
     if not model_path.is_dir():
-        raise UnusableModel(f"the model directory {model_path} does not exist")
+        raise UnusableModel(f"the model directory {model_path} does not exist: name another with --model-path")
     for part in parts:
         folder = model_path / part
         if not any(folder.glob("*.json")):

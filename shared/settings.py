@@ -181,7 +181,8 @@ class VisionSettings(CheckpointSettings):
     @property
     def vl_model_folder(self) -> Path | None:
         """The Qwen3-VL directory: the one that is given, beside the bundled demo model its own, else None."""
-        return self.vl_model_path or (BUNDLED_VISION_MODEL if self.model_path is None else None)
+        bundled = self.model_path is None and BUNDLED_VISION_MODEL.is_dir()
+        return self.vl_model_path or (BUNDLED_VISION_MODEL if bundled else None)
 
 
 class _ProfileSource(PydanticBaseSettingsSource):

@@ -20,7 +20,10 @@ from demo_model.world import Colour, Place, Scene, Shape, Thing
 from shared.settings import BUNDLED_MODEL
 from shared.wire import read_file_header
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not BUNDLED_MODEL.is_dir(), reason="no demo model has been trained: make demo-model"),
+]
 MAX_BYTES = 32_000_000
 RED_CIRCLE = "a large red circle in the center on a blue background"
 

@@ -25,7 +25,10 @@ class TestModel:
             settings.setenv(f"ZIMAGE_{name.upper()}", value)
         return model.model_rows(configured(), tensors)
 
-    def test_without_a_path_the_bundled_model_is_used(self) -> None:
+    def test_without_a_path_the_bundled_model_is_used(
+        self, tiny_checkpoint: Path, settings: pytest.MonkeyPatch
+    ) -> None:
+        settings.setattr("shared.settings.BUNDLED_MODEL", tiny_checkpoint)
         row, *_ = model.model_rows(configured(), tensors)
         assert row.state is State.OK
         assert "bundled demo model" in row.detail
