@@ -6,7 +6,22 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import compiled, demo, encode, engine, health, history, memory, mix, overhead, rewrite, vision
+from benchmarks import (
+    cache,
+    compiled,
+    demo,
+    encode,
+    engine,
+    gateway,
+    health,
+    history,
+    memory,
+    mix,
+    nodes,
+    overhead,
+    rewrite,
+    vision,
+)
 from benchmarks.neighbours import Neighbours
 from benchmarks.results import Figure, Findings, show, write
 from benchmarks.setting import Setting
@@ -15,7 +30,22 @@ from shared.logs import configure_logs
 
 BENCHMARKS: Mapping[str, Callable[[Setting], Findings]] = {
     module.NAME: module.run
-    for module in (overhead, demo, engine, mix, compiled, health, encode, rewrite, vision, history, memory)
+    for module in (
+        overhead,
+        demo,
+        engine,
+        mix,
+        compiled,
+        health,
+        gateway,
+        encode,
+        nodes,
+        cache,
+        rewrite,
+        vision,
+        history,
+        memory,
+    )
 }
 
 

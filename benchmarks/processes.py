@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,16 +34,31 @@ class Server:
         raise LookupError(f"no process of the {name} service")
 
 
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as opened:
+        return int(opened.getsockname()[1])
+
+
 @contextmanager
 def serve(model: Path, data_dir: Path, *flags: str, **settings: str) -> Iterator[Server]:
-    """Starts the server on a free port and hands it out once it is ready; `settings` go into its environment."""
-    with socket.create_server(("127.0.0.1", 0)) as opened:
-        port = opened.getsockname()[1]
+    """Starts the server on a free port and hands it out once it is ready.
+
+    It keeps no encoded prompts, unless the settings say otherwise: what is measured comes again from run to run.
+    """
+    port = free_port()
     command = ["serve", "--model-path", str(model), "--port", str(port), "--data-dir", str(data_dir), *flags]
-    log = data_dir / "bench-server.log"
+    told = {"ZIMAGE_ENCODING_CACHE_BYTES": "0", **settings}
+    with started(["zimage", *command], port, data_dir / "bench-server.log", **told) as server:
+        yield server
+
+
+@contextmanager
+def started(module: Sequence[str], port: int, log: Path, **settings: str) -> Iterator[Server]:
+    """Starts `python -m` a module with its arguments, and hands it out once `/health/ready` says so."""
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "zimage", *command],
+            [sys.executable, "-m", *module],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -30,8 +30,8 @@ HEAD = """\
 # Copy it, keep the lines that you change, and start with `zimage serve --config FILE`. A table at the top level is a
 # profile; `--profile NAME` chooses another than [default]. A flag wins over its ZIMAGE_ variable, that over this file.
 # `zimage config --config FILE` shows what is in force and where each value comes from. Not keys, so that no file holds
-# them, are the secrets ZIMAGE_API_KEY and ZIMAGE_REWRITER_API_KEY: the bearer tokens for the servers behind --api-url
-# and --rewriter-api-url.
+# them, are the secrets ZIMAGE_API_KEY and ZIMAGE_REWRITER_API_KEY, the bearer tokens for the servers behind --api-url
+# and --rewriter-api-url, and ZIMAGE_SERVICE_TOKEN, which the services ask of one another.
 """
 
 

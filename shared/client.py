@@ -15,7 +15,16 @@ import httpx2
 import structlog
 
 from shared import problems
-from shared.errors import BadUpstream, QueueFull, ServiceError, Unreachable, Unready, UpstreamTimeout, rebuild
+from shared.errors import (
+    BadUpstream,
+    QueueFull,
+    ServiceError,
+    Unauthorized,
+    Unreachable,
+    Unready,
+    UpstreamTimeout,
+    rebuild,
+)
 from shared.requests import REQUEST_ID
 
 CONNECT_TIMEOUT_S = 5.0
@@ -36,11 +45,12 @@ class Reply:
 class ServiceClient:
     """Calls one service by its base URL.
 
-    `foreign` is a server that is not ours: of its refusals nothing but the status is told. Connecting is tried again,
+    `address` is where to connect instead of looking the URL's host up: one of several machines of that name. `foreign`
+    is a server that is not ours: of its refusals nothing but the status is told. Connecting is tried again,
     a request that has been sent is not.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - options by their names
         self,
         name: str,
         base_url: str,
@@ -49,14 +59,21 @@ class ServiceClient:
         headers: Mapping[str, str] | None = None,
         transport: httpx2.AsyncBaseTransport | None = None,
         foreign: bool = False,
+        address: str | None = None,
     ) -> None:
         self.name = name
-        self.base_url = base_url
+        url, named = httpx2.URL(base_url), dict(headers or {})
+        self._extensions = {}
+        if address is not None:
+            named["host"] = url.netloc.decode()
+            self._extensions["sni_hostname"] = url.host
+            url = url.copy_with(host=address)
+        self.base_url = str(url.copy_with(username=None, password=None)) if url.userinfo else str(url)
         self._foreign = foreign
         self._max_reply_bytes = max_reply_bytes
         self._http = httpx2.AsyncClient(
-            base_url=base_url,
-            headers={**_ADDED_HEADERS, **(headers or {})},
+            base_url=url,
+            headers={**_ADDED_HEADERS, **named},
             timeout=httpx2.Timeout(None, connect=CONNECT_TIMEOUT_S),
             transport=transport
             or httpx2.AsyncHTTPTransport(trust_env=False, limits=_LIMITS, retries=CONNECT_RETRIES * foreign),
@@ -118,7 +135,7 @@ class ServiceClient:
         async with AsyncExitStack() as stack:
             with self._told(timeout_s):
                 async with asyncio.timeout_at(deadline):
-                    request = self._http.stream("POST", path, headers=sent, **body)
+                    request = self._http.stream("POST", path, headers=sent, extensions=self._extensions, **body)
                     response = await stack.enter_async_context(request)
                     if not response.is_success:
                         raise self._error(response, await self._read(response))
@@ -139,7 +156,8 @@ class ServiceClient:
     ) -> Reply:
         with self._told(timeout_s):
             async with asyncio.timeout(timeout_s):
-                request = self._http.stream(method, path, headers={**_request_id(), **(headers or {})}, **body)
+                sent = {**_request_id(), **(headers or {})}
+                request = self._http.stream(method, path, headers=sent, extensions=self._extensions, **body)
                 async with request as response:
                     content = await self._read(response)
         if response.is_success:
@@ -178,8 +196,11 @@ class ServiceClient:
         except ValueError:
             return BadUpstream(f"The {self.name} service refused with a broken answer.")
         error = rebuild(told.code, told.detail, retry_after_s=retry_after_s)
+        if isinstance(error, Unauthorized):
+            return BadUpstream(f"The {self.name} service does not accept this one's token.")
         if isinstance(error, Unready):
-            return Unready(f"The {self.name} service is not ready yet. {error.detail}", retry_after_s=2)
+            error = Unready(f"The {self.name} service is not ready yet. {error.detail}", retry_after_s=2)
+            error.told = True
         return error or BadUpstream(f"The {self.name} service answered with status {told.status}.")
 
     def _error(self, response: httpx2.Response, content: bytes) -> ServiceError:

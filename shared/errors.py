@@ -9,7 +9,10 @@ from typing import ClassVar
 
 
 class ServiceError(Exception):
-    """Root of the errors whose text is written for clients: `detail` is a sentence that says what to change."""
+    """Root of the errors whose text is written for clients: `detail` is a sentence that says what to change.
+
+    `told` says that another service answered with it, rather than that something was the matter with that service.
+    """
 
     status: ClassVar[int] = 500
     code: ClassVar[str] = "internal_error"
@@ -19,6 +22,7 @@ class ServiceError(Exception):
         super().__init__(detail)
         self.detail = detail
         self.retry_after_s = retry_after_s
+        self.told = False
 
 
 class MalformedBody(ServiceError):
@@ -27,6 +31,14 @@ class MalformedBody(ServiceError):
     status = 400
     code = "malformed_body"
     title = "The request body could not be read"
+
+
+class Unauthorized(ServiceError):
+    """The request lacks the token that the services share, or shows another."""
+
+    status = 401
+    code = "unauthorized"
+    title = "The token is missing or wrong"
 
 
 class UnknownName(ServiceError):
@@ -183,5 +195,9 @@ BY_CODE: dict[str, type[ServiceError]] = {
 
 def rebuild(code: str, detail: str, *, retry_after_s: int | None = None) -> ServiceError | None:
     """Makes the error that another service raised; None when the code is none of ours."""
-    error = BY_CODE.get(code)
-    return error(detail, retry_after_s=retry_after_s) if error else None
+    known = BY_CODE.get(code)
+    if known is None:
+        return None
+    error = known(detail, retry_after_s=retry_after_s)
+    error.told = True
+    return error

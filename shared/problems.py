@@ -25,6 +25,7 @@ from shared.errors import (
     MalformedBody,
     MethodNotAllowed,
     ServiceError,
+    Unauthorized,
     UnknownName,
 )
 
@@ -80,7 +81,9 @@ def problem_response(error: ServiceError, request_id: str | None, *, route: obje
     """The answer for an error of a route."""
     problem = problem_of(error, request_id)
     more = {"error": openai_error(problem)} if isinstance(route, OpenAIRoute) else {}
-    headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s is not None else None
+    headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s is not None else {}
+    if isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse({**problem.model_dump(), **more}, error.status, headers=headers, media_type=MEDIA_TYPE)
 
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from fastapi import APIRouter, FastAPI
 
 from shared.bodies import BodyLimits, CountedBodies
+from shared.guard import Guard
 from shared.health import Metrics, Readiness, health_router
 from shared.problems import install_handlers
 from shared.requests import RequestContext
@@ -20,7 +21,7 @@ class Lifespan(Protocol):
         """Starts the service's parts and yields once requests may come."""
 
 
-def create_service(
+def create_service(  # noqa: PLR0913 - the parts of an app, by their names
     *,
     description: str,
     lifespan: Lifespan,
@@ -28,8 +29,12 @@ def create_service(
     readiness: Readiness,
     metrics: Metrics,
     max_body_bytes: int | BodyLimits,
+    token: str | None = None,
 ) -> FastAPI:
-    """An app with request ids, limits, problems, health and metrics around the given routers."""
+    """An app with request ids, limits, problems, health and metrics around the given routers.
+
+    With `token` all but the health checks ask it of their callers.
+    """
     app = FastAPI(
         title=f"Z-Image {metrics.service}",
         description=description,
@@ -41,6 +46,8 @@ def create_service(
     app.state.stop = _nobody_to_stop
     limits = max_body_bytes if isinstance(max_body_bytes, BodyLimits) else BodyLimits(max_body_bytes)
     app.add_middleware(CountedBodies, limits=limits)
+    if token is not None:
+        app.add_middleware(Guard, token=token)
     app.add_middleware(RequestContext, metrics=metrics, limits=limits)
     install_handlers(app)
     app.include_router(health_router(metrics, readiness))

@@ -19,7 +19,7 @@ from fastapi import FastAPI
 
 from shared.logs import configure_logs
 from shared.protocol import BoundedProtocol
-from shared.settings import InvalidSettings, ServiceSettings, read_settings
+from shared.settings import InvalidSettings, NodeSettings, ServiceSettings, read_settings
 
 EXIT_UNUSABLE = 78  # EX_CONFIG of sysexits.h: starting again would fail again
 SOCKET_FD = "ZIMAGE_SOCKET_FD"
@@ -38,6 +38,8 @@ def run_service(name: str, settings_type: type[S], create_app: Callable[[S], Fas
     try:
         settings = read_settings(settings_type)
         configure_logs(name, log_format=settings.log_format, debug=settings.debug)
+        if isinstance(settings, NodeSettings) and SOCKET_FD not in os.environ:  # a supervisor's sockets are its affair
+            settings.require_token()
         app = create_app(settings)
     except InvalidSettings as error:
         log.error("the settings cannot be used", reason=str(error))  # noqa: TRY400 - the sentence says it all

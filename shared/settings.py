@@ -6,19 +6,21 @@ over the environment, that over the file, that over the default; the command lin
 """
 
 import os
-import tomllib
 from abc import abstractmethod
-from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
 from platformdirs import user_data_path
-from pydantic import AnyHttpUrl, Field, SecretStr, UrlConstraints, ValidationError
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from shared.addresses import ServiceUrl, ServiceUrls, is_loopback
 from shared.logs import LogFormat
+from shared.profiles import InvalidSettings as InvalidSettings
+from shared.profiles import flatten, read_profile
+from shared.secret import BadToken, checked_token, read_token
 
 ENV_PREFIX = "ZIMAGE_"
 CONFIG_FILE, PROFILE = "ZIMAGE_CONFIG", "ZIMAGE_PROFILE"
@@ -30,7 +32,8 @@ DEFAULT_MAX_PIXELS = 4_200_000
 """Width times height of the largest picture: a little over 2048 x 2048."""
 
 
-ServiceUrl = Annotated[AnyHttpUrl, UrlConstraints(allowed_schemes=["http", "https"])]
+_Token = Annotated[SecretStr | None, BeforeValidator(lambda value: value or None)]
+_TokenFile = Annotated[Path | None, BeforeValidator(lambda value: value or None)]
 
 
 class Device(StrEnum):
@@ -58,10 +61,6 @@ class Quantization(StrEnum):
     INT8_DYNAMIC = "int8_dynamic"
     FP8 = "fp8"
     FP8_DYNAMIC = "fp8_dynamic"
-
-
-class InvalidSettings(Exception):
-    """The settings cannot be used; the text names the setting, its value and where it came from."""
 
 
 def setting(default: Any, *, key: str, panel: str = "", description: str, **constraints: Any) -> Any:
@@ -133,7 +132,56 @@ class CheckpointSettings(ServiceSettings):
         return self.model_path or BUNDLED_MODEL
 
 
-class ModelSettings(CheckpointSettings):
+class TokenSettings(ServiceSettings):
+    """The secret that services on several machines share."""
+
+    service_token: _Token = setting(
+        None, key="", description="secret that services ask of one another's requests, sent as a bearer token"
+    )
+    service_token_file: _TokenFile = setting(
+        None,
+        key="server.service_token_file",
+        panel="Nodes",
+        description="File that holds the token which services ask of one another.",
+    )
+
+    @property
+    def token(self) -> str | None:
+        """The secret; that of the environment wins over the file's. Raises InvalidSettings."""
+        try:
+            if self.service_token is not None:
+                return checked_token(self.service_token.get_secret_value(), variable_of("service_token"))
+            return None if self.service_token_file is None else read_token(self.service_token_file)
+        except BadToken as error:
+            raise InvalidSettings(str(error)) from None
+
+    @property
+    def authorization(self) -> dict[str, str]:
+        """The header that shows the secret to another service, none without one. Raises InvalidSettings."""
+        return {"authorization": f"Bearer {self.token}"} if self.token else {}
+
+
+class NodeSettings(TokenSettings):
+    """Settings of a service that serves others, not users."""
+
+    allow_no_token: bool = setting(
+        default=False,
+        key="server.allow_no_token",
+        description="let a service listen beyond its own machine without asking a token of its callers",
+    )
+
+    def require_token(self) -> None:
+        """Raises InvalidSettings where other machines could use the service and no token keeps strangers out."""
+        host = self.address[0]
+        if self.token is None and not self.allow_no_token and not is_loopback(host):
+            raise InvalidSettings(
+                f"whoever reaches {host} could use this service: set {variable_of('service_token')} or "
+                f"{variable_of('service_token_file')} here and at the gateway, or, on a network that you trust, "
+                f"{variable_of('allow_no_token')}=true"
+            )
+
+
+class ModelSettings(NodeSettings, CheckpointSettings):
     """Settings of a service that loads parts of the Z-Image directory; `parts` are those folders."""
 
     parts: ClassVar[tuple[str, ...]]
@@ -150,16 +198,24 @@ class DataSettings(ServiceSettings):
     )
 
 
-class UpstreamSettings(ServiceSettings):
+class UpstreamSettings(TokenSettings):
     """Settings of a service that asks the encoder, or an API back end in its place."""
 
     api_url: ServiceUrl | None = setting(
         None, key="api.url", panel="API backend", description="URL of an API backend that serves /v1/hidden_states."
     )
     api_key: SecretStr | None = setting(None, key="", description="key of the API backend, sent as a bearer token")
-    encoder_url: ServiceUrl = setting(
-        AnyHttpUrl("http://127.0.0.1:7861"), key="encoder.url", description="base URL of the encoder"
+    encoder_urls: ServiceUrls = setting(
+        (),
+        key="encoder.urls",
+        panel="Nodes",
+        description="Base URLs of encoders, with commas between them; they take the place of one on this machine.",
     )
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """The encoders' base URLs; where none are given, that of one on this machine."""
+        return tuple(map(str, self.encoder_urls)) or ("http://127.0.0.1:7861",)
 
 
 class VisionSettings(CheckpointSettings):
@@ -199,32 +255,6 @@ class _ProfileSource(PydanticBaseSettingsSource):
         return {name: flat[key_of(field)] for name, field in fields.items() if key_of(field) in flat}
 
 
-def read_profile(path: Path, profile: str) -> dict[str, Any]:
-    """A profile's table of a TOML file. Raises InvalidSettings for a file or a profile that is not there."""
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InvalidSettings(f"the configuration file {path} cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InvalidSettings(f"the configuration file {path} is not TOML: {error}") from None
-    table = tables.get(profile)
-    if not isinstance(table, dict):
-        there = ", ".join(name for name, value in tables.items() if isinstance(value, dict)) or "none"
-        raise InvalidSettings(f"the configuration file {path} has no profile '{profile}'; it has: {there}")
-    return table
-
-
-def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of nested tables by their dotted keys."""
-    flat: dict[str, Any] = {}
-    for name, value in table.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
-
-
 S = TypeVar("S", bound=ServiceSettings)
 
 
@@ -237,7 +267,12 @@ def read_settings(kind: type[S]) -> S:
         if not first["loc"]:  # a rule about several settings, whose text names them
             raise InvalidSettings(first["msg"]) from None
         where = source_of(kind, str(first["loc"][0]))
-        raise InvalidSettings(f"{where} = {first['input']!r}: {first['msg']}") from None
+        value = "(hidden)" if _is_secret(kind.model_fields[str(first["loc"][0])]) else repr(first["input"])
+        raise InvalidSettings(f"{where} = {value}: {first['msg']}") from None
+
+
+def _is_secret(field: FieldInfo) -> bool:
+    return SecretStr in (field.annotation, *get_args(field.annotation))
 
 
 def source_of(kind: type[ServiceSettings], name: str) -> str:

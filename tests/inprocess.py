@@ -2,7 +2,7 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 
 import httpx2
@@ -10,6 +10,9 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from services.gateway.members import Probe
+from services.gateway.nodes import Nodes
+from shared.client import ServiceClient
 from shared.protocol import BoundedProtocol
 
 PATIENCE_S = 60.0
@@ -25,6 +28,16 @@ async def started(app: FastAPI) -> AsyncIterator[ASGIApp]:
             await app(scope, receive, send)
 
         yield with_state
+
+
+async def nowhere(host: str, port: int) -> Sequence[str]:
+    """A lookup of host names where nobody knows any."""
+    raise OSError
+
+
+def node_of(service: ServiceClient, *, probe: Probe | None = None) -> Nodes:
+    """The nodes of a service that has this one only."""
+    return Nodes(service.name, [service.base_url], lambda *_: service, probe=probe, resolve=nowhere)
 
 
 @asynccontextmanager

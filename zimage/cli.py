@@ -16,9 +16,19 @@ from rich.table import Table
 from services.gateway.settings import GatewaySettings
 from services.rewriter.settings import BackEndKind, RewriterSettings
 from shared.checkpoint import UnusableModel, require_parts
-from shared.settings import DEFAULT_PROFILE, Device, ModelSettings, ServiceSettings, VisionSettings
+from shared.settings import DEFAULT_PROFILE, Device, ModelSettings, NodeSettings, ServiceSettings, VisionSettings
 from zimage.flags import check_configuration, in_force, set_environment, with_flags
-from zimage.plan import DIFFUSION, ENCODER, REWRITER, VL, CannotStart, rewriter_back_end, runs_vl
+from zimage.plan import (
+    DIFFUSION,
+    ENCODER,
+    REWRITER,
+    VL,
+    CannotStart,
+    rewriter_back_end,
+    runs_diffusion,
+    runs_encoder,
+    runs_vl,
+)
 from zimage.published import Published
 from zimage.serve import serve_until_stopped
 
@@ -80,9 +90,7 @@ def serve(*, config: ConfigFile = None, profile: Profile = None, **flags: Any) -
     settings = check_configuration()
     gateway = settings["gateway"]
     assert isinstance(gateway, GatewaySettings)  # noqa: S101 - by the table that it comes from
-    local = [
-        kind for kind, absent in ((ENCODER, gateway.use_api_encoder), (DIFFUSION, gateway.encoder_only)) if not absent
-    ]
+    local = [kind for kind, runs in ((ENCODER, runs_encoder), (DIFFUSION, runs_diffusion)) if runs(gateway)]
     rewriter = settings[REWRITER]
     assert isinstance(rewriter, RewriterSettings)  # noqa: S101 - by the table that it comes from
     if rewriter_back_end(gateway, rewriter) is BackEndKind.LOCAL and rewriter.reads_model_directory:
@@ -104,13 +112,22 @@ def node(
         int | None,
         typer.Option(help="Port to listen on.", show_default="7861 encoder, 7862 rewriter, 7863 vl, 7864 diffusion"),
     ] = None,
+    service_token_file: Annotated[
+        Path | None, typer.Option(help="File with the token that the gateway must show; needed beyond loopback.")
+    ] = None,
+    allow_no_token: Annotated[
+        bool | None, typer.Option("--allow-no-token", help="Serve whoever reaches it, on a network that you trust.")
+    ] = None,
     debug: Annotated[bool | None, typer.Option("--debug", help="Enable debug logging.")] = None,
 ) -> None:
     """Run one service alone, for a gateway on another machine."""
     path = "vl_model_path" if kind is NodeKind.VL else "model_path"
     set_environment({path: model_path, f"{kind}_host": host, f"{kind}_port": port, "debug": debug})
+    set_environment({"service_token_file": service_token_file, "allow_no_token": allow_no_token})
     set_environment(dict.fromkeys(_DEVICES[kind], device))
     settings = check_configuration([kind])[kind]
+    assert isinstance(settings, NodeSettings)  # noqa: S101 - by the table that it comes from
+    settings.require_token()
     if isinstance(settings, VisionSettings):
         _require_vision_model(settings)
     elif not isinstance(settings, RewriterSettings) or settings.reads_model_directory:

@@ -20,16 +20,15 @@ from services.encoder.settings import EncoderSettings
 from services.gateway.settings import GatewaySettings
 from services.rewriter.settings import RewriterSettings
 from services.vl.settings import VlSettings
+from shared.profiles import flatten, read_profile
 from shared.settings import (
     CONFIG_FILE,
     DEFAULT_PROFILE,
     PROFILE,
     InvalidSettings,
     ServiceSettings,
-    flatten,
     key_of,
     panel_of,
-    read_profile,
     read_settings,
     source_of,
     variable_of,

@@ -62,9 +62,9 @@ def plan_services(settings: GatewaySettings, environment: Mapping[str, str] | No
     plans = []
     if settings.redis_url is None:
         plans.append(_embedded_redis(settings.data_dir / "redis"))
-    if not settings.use_api_encoder:
+    if runs_encoder(settings):
         plans.append(_service(ENCODER, listen(LOOPBACK, 0), told))
-    if not settings.encoder_only:
+    if runs_diffusion(settings):
         plans.append(_service(DIFFUSION, listen(LOOPBACK, 0), told))
     back_end = rewriter_back_end(settings, read_settings(RewriterSettings))
     if back_end is not None:
@@ -77,7 +77,7 @@ def plan_services(settings: GatewaySettings, environment: Mapping[str, str] | No
 
 def rewriter_back_end(gateway: GatewaySettings, rewriter: RewriterSettings) -> BackEndKind | None:
     """What writes for the rewriter that runs on this machine; None runs none. Raises CannotStart."""
-    if gateway.rewriter_url is not None:
+    if gateway.rewriter_urls:
         return None
     if rewriter.rewriter_use_api or rewriter.rewriter_backend is not BackEndKind.AUTO:
         if rewriter.back_end is BackEndKind.ENCODER and gateway.use_api_encoder:
@@ -89,13 +89,23 @@ def rewriter_back_end(gateway: GatewaySettings, rewriter: RewriterSettings) -> B
     return None if gateway.use_api_encoder else BackEndKind.ENCODER
 
 
+def runs_encoder(gateway: GatewaySettings) -> bool:
+    """Whether this machine runs an encoder of its own."""
+    return not gateway.use_api_encoder and not gateway.encoder_urls
+
+
+def runs_diffusion(gateway: GatewaySettings) -> bool:
+    """Whether this machine runs a diffusion service of its own."""
+    return not gateway.encoder_only and not gateway.diffusion_urls
+
+
 def runs_vl(gateway: GatewaySettings) -> bool:
     """Whether this machine runs a vl service of its own."""
-    return gateway.vl_url is None and gateway.vl_model_folder is not None
+    return not gateway.vl_urls and gateway.vl_model_folder is not None
 
 
 def _urls(plans: Sequence[ServicePlan]) -> dict[str, str]:
-    return {f"ZIMAGE_{plan.name.upper()}_URL": plan.url for plan in plans}
+    return {f"ZIMAGE_{plan.name.upper()}_URL{'' if plan.name == REDIS else 'S'}": plan.url for plan in plans}
 
 
 def _service(name: str, listener: Listener, environment: Mapping[str, str]) -> ServicePlan:

@@ -58,5 +58,6 @@ def create_app(settings: DiffusionSettings, *, model: ZImageModel | None = None)
         readiness=engine.device.unready_reason,
         metrics=metrics,
         max_body_bytes=MAX_BODY_BYTES,
+        token=settings.token,
     )
     return app

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from services.diffusion.settings import DiffusionSettings
 from services.diffusion.shelf import Shelf, default_files
 from shared.checkpoint import UnusableModel, read_json, require_parts, require_weights
 from shared.errors import InvalidField
+from shared.fingerprint import fingerprint_of, fingerprint_of_files
 from shared.tensors import pick_device
 
 CPU_BATCH_TOKENS = 2560
@@ -64,6 +66,8 @@ def load_zimage(settings: DiffusionSettings) -> ZImageModel:
     vae = _load(AutoencoderKL, root / "vae", settings)
     _check_fit(root, transformer, vae)
     model = assemble(transformer, vae, scheduler_config, settings)
+    fingerprint = _fingerprint(root, settings, model.facts.dtype)
+    model.facts = replace(model.facts, name=root.resolve().name, fingerprint=fingerprint)
     log.info("diffusion model loaded", model_path=str(root), vae_device=str(vae.device), **_logged(model.facts))
     return model
 
@@ -100,6 +104,13 @@ def assemble(
     if settings.compile:
         try_compiled(lambda: _rehearse(model, settings))
     return model
+
+
+def _fingerprint(root: Path, settings: DiffusionSettings, dtype: str) -> str:
+    """Of the checkpoint, and of what else changes pictures by more than rounding."""
+    loras = [(fingerprint_of_files([lora.path]), lora.scale) for lora in settings.loras]
+    options = f"{dtype} {settings.quantization.value} {settings.cache_dit} {loras}"
+    return fingerprint_of([root / part for part in settings.parts], options)
 
 
 def _rehearse(model: ZImageModel, settings: DiffusionSettings) -> None:

@@ -1,13 +1,13 @@
 """What the diffusion service is told of LoRAs."""
 
-import json
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Self
+from typing import Annotated, NamedTuple, Self
 
 from pydantic import AfterValidator, BeforeValidator, model_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import NoDecode
 
+from shared.addresses import split_list
 from shared.schemas.fields import MAX_LORA_SCALE, LoraScale
 from shared.settings import ServiceSettings, setting
 
@@ -31,19 +31,6 @@ def parse_lora(text: str) -> LoraFile:
     if not _is_number(number) or not abs(float(number)) <= MAX_LORA_SCALE:  # `not <=` catches NaN too
         raise PydanticCustomError("zimage_lora_scale", "its scale must be a number between -10 and 10")
     return LoraFile(Path(path), float(number))
-
-
-def split_list(value: Any) -> Any:
-    """The items of a text, which is a JSON list (what the command line passes on) or separated by commas."""
-    if not isinstance(value, str):
-        return value
-    text = value.strip()
-    if not text.startswith("["):
-        return [item.strip() for item in text.split(",")] if text else []
-    try:
-        return json.loads(text)
-    except ValueError:
-        raise PydanticCustomError("zimage_list", "this is neither a JSON list nor items between commas") from None
 
 
 def _check_lora(text: str) -> str:

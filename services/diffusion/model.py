@@ -36,12 +36,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What a caller may want to know of the loaded checkpoint. `text_limit` is in tokens."""
+    """What a caller may want to know of the loaded checkpoint. `text_limit` is in tokens; `fingerprint` is equal where
+    the same request gives the same picture, but for a device's rounding."""
 
     device: str
     dtype: str
     text_width: int
     text_limit: int
+    name: str = ""
+    fingerprint: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

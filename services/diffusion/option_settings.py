@@ -8,7 +8,8 @@ from pydantic import AfterValidator, BeforeValidator, model_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import NoDecode
 
-from services.diffusion.lora_settings import LoraSettings, split_list
+from services.diffusion.lora_settings import LoraSettings
+from shared.addresses import split_list
 from shared.schemas.fields import MAX_SIDE_PX, SIDE_MULTIPLE_PX
 from shared.settings import Quantization, setting
 

@@ -159,10 +159,14 @@ async def loras(engine: Engine) -> LoraList:
 
 
 @router.get("/model", summary="What the loaded checkpoint takes", responses=responses(Unready))
-async def model(engine: Engine, settings: Settings) -> DiffusionFacts:
-    """Device, dtype and limits."""
+async def model(request: Request, engine: Engine, settings: Settings) -> DiffusionFacts:
+    """Device, dtype, fingerprint and limits."""
     facts = engine.facts
     return DiffusionFacts(
+        service="diffusion",
+        version=request.app.version,
+        name=facts.name,
+        fingerprint=facts.fingerprint,
         device=facts.device,
         dtype=facts.dtype,
         text_width=facts.text_width,

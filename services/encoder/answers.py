@@ -9,14 +9,14 @@ import torch
 
 from services.encoder.engine import Encoded
 from services.encoder.model import ModelFacts
-from shared.schemas.encoder import HiddenStatesRequest
+from shared.schemas.encoder import FINGERPRINT, HiddenStatesRequest
 from shared.tensors import data_of, to_chunks
 
 
 def tensor_answer(encoded: Sequence[Encoded], facts: ModelFacts, layer: int) -> list[memoryview]:
     """Safetensors with `hidden_states.<i>` [tokens, width] for text i, in the model's dtype, in pieces to be sent."""
     tensors = {f"hidden_states.{index}": item.states for index, item in enumerate(encoded)}
-    return to_chunks(tensors, {"model": facts.name, "layer": str(layer)})
+    return to_chunks(tensors, {"model": facts.name, "layer": str(layer), FINGERPRINT: facts.fingerprint})
 
 
 def json_answers(encoded: Sequence[Encoded], facts: ModelFacts, request: HiddenStatesRequest) -> bytes:

@@ -65,5 +65,6 @@ def create_app(settings: EncoderSettings, *, model: TextEncoder | None = None) -
         readiness=engine.device.unready_reason,
         metrics=metrics,
         max_body_bytes=MAX_BODY_BYTES,
+        token=settings.token,
     )
     return app

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 from services.encoder.settings import EncoderSettings
 from shared.checkpoint import checkpoint_dtype, require_parts, weight_bytes
 from shared.errors import InvalidField, OutOfMemory, Unready
+from shared.fingerprint import fingerprint_of
 from shared.language.model import LanguageModel, load_qwen3
 from shared.tensors import dtype_of, pick_device, quantize, require_memory
 
@@ -29,13 +30,15 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What a caller may want to know: the model's name, width (length of a hidden state), depth, dtype and device."""
+    """What a caller may want to know: the model's name, width (length of a hidden state), depth, dtype and device;
+    `fingerprint` is equal where equal texts give equal hidden states, but for a device's rounding."""
 
     name: str
     width: int
     layers: int
     dtype: str
     device: str
+    fingerprint: str = ""
 
 
 class TextEncoder:
@@ -119,6 +122,7 @@ def load_text_encoder(settings: EncoderSettings) -> TextEncoder:
         layers=model.config.num_hidden_layers,
         dtype=str(dtype).removeprefix("torch."),
         device=str(device),
+        fingerprint=fingerprint_of([folder, root / "tokenizer"], f"{dtype} {settings.text_encoder_quantization.value}"),
     )
     log.info("text encoder loaded", model_path=str(root), device=facts.device, dtype=facts.dtype, layers=facts.layers)
     language = LanguageModel(model, tokenizer, facts.name) if writes else None

@@ -24,6 +24,7 @@ from shared.problems import responses
 from shared.requests import require_json, until_disconnected
 from shared.responses import ChunkedResponse
 from shared.schemas.encoder import (
+    EncoderFacts,
     HiddenStates,
     HiddenStatesRequest,
     ModelInfo,
@@ -81,6 +82,22 @@ async def tokenize(body: TokenizeRequest, engine: Engine) -> Tokens:
     """Special tokens in the text are recognized; none are added."""
     tokens = await engine.tokenize(body.texts)
     return Tokens(tokens=tokens, counts=[len(ids) for ids in tokens])
+
+
+@router.get("/model", summary="What this node is", responses=responses(Unready))
+async def model(request: Request, engine: Engine) -> EncoderFacts:
+    """Name, device, dtype, fingerprint and size."""
+    facts = engine.facts
+    return EncoderFacts(
+        service="encoder",
+        version=request.app.version,
+        name=facts.name,
+        device=facts.device,
+        dtype=facts.dtype,
+        fingerprint=facts.fingerprint,
+        width=facts.width,
+        layers=facts.layers,
+    )
 
 
 @router.get("/models", summary="The model that this node serves", responses=responses(Unready))

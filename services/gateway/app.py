@@ -1,16 +1,20 @@
 """Builds the gateway's application."""
 
-import asyncio
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 
 from fastapi import FastAPI
 
-from services.gateway.clients import ApiEncoderClient, BackEnd, DiffusionClient, Encoder, EncoderClient
+from services.gateway.clients import ApiEncoderClient, Encoder, EncoderClient, ask_foreign_facts
+from services.gateway.commissions import DiffusionClient
 from services.gateway.drawing import Drawing
-from services.gateway.embeddings import EmbeddingCache
+from services.gateway.embeddings import PROMPTS, EmbeddingCache
+from services.gateway.encodings import CachingEncoder
 from services.gateway.engine import GatewayEngine
-from services.gateway.references import VlClient
+from services.gateway.members import Probe
+from services.gateway.nodes import Nodes
+from services.gateway.references import VlClient, ask_vl_facts
 from services.gateway.rewriting import RewriterClient, Rewriting
 from services.gateway.routes import generate, health, prompts, rewrite
 from services.gateway.routes import history as history_routes
@@ -52,21 +56,18 @@ def create_app(
     templates = load_templates(settings.templates_dir)
     encoder = encoder or _encoder(settings)
     if diffusion is None and not settings.encoder_only:
-        diffusion = DiffusionClient(
-            ServiceClient("diffusion", str(settings.diffusion_url), max_reply_bytes=MAX_PNG_BYTES)
-        )
+        diffusion = DiffusionClient(_nodes(settings, "diffusion", settings.diffusions, MAX_PNG_BYTES))
     rewriter, vl = rewriter or _rewriter(settings), vl or _vl(settings)
-    back_ends: dict[str, BackEnd] = {"encoder": encoder}
-    back_ends |= {} if diffusion is None else {"diffusion": diffusion}
-    back_ends |= {} if rewriter is None else {"rewriter": rewriter}
-    back_ends |= {} if vl is None else {"vl": vl}
-    watch = Watch(back_ends, optional=("rewriter", "vl"))
-    cache = _cache(settings)
-    history = _history(settings, cache)
+    clients = {"encoder": encoder, "diffusion": diffusion, "rewriter": rewriter, "vl": vl}
+    pools = {name: client.nodes for name, client in clients.items() if client is not None}
+    watch = Watch(pools, optional=("rewriter", "vl"))
+    cache, remembering = _cache(settings), _remembering(settings, encoder)
+    history = _history(settings, [one for one in (remembering, cache) if one is not None])
+    parts = [part for part in (*pools.values(), history, cache, remembering) if part is not None]
     engine = GatewayEngine(
         settings,
         templates,
-        encoder=encoder,
+        encoder=remembering or encoder,
         drawing=Drawing(settings, diffusion, history),
         rewriting=Rewriting(templates, rewriter),
         vision=Vision(settings, vl, cache),
@@ -75,17 +76,9 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[State]:
         async with AsyncExitStack() as stack:
-            for back_end in back_ends.values():
-                await stack.enter_async_context(back_end.service)
-            if history is not None:
-                await stack.enter_async_context(history)
-            if cache is not None:
-                await stack.enter_async_context(cache)
-            watching = asyncio.create_task(watch.run(), name="watch")
+            for part in parts:
+                await stack.enter_async_context(part)
             yield State(engine=engine, watch=watch, history=history)
-            watching.cancel()
-            with suppress(asyncio.CancelledError):
-                await watching
 
     return create_service(
         description=DESCRIPTION,
@@ -101,11 +94,19 @@ def create_app(
     )
 
 
-def _history(settings: GatewaySettings, cache: EmbeddingCache | None) -> History | None:
+def _history(settings: GatewaySettings, caches: Sequence[EmbeddingCache | CachingEncoder]) -> History | None:
+    """The history, for which the caches make room, those first that are made again most easily."""
     if settings.redis_url is None:
         return None
+
+    async def make_room(wanted: int) -> bool:
+        for cache in caches:
+            if await cache.make_room(wanted):
+                return True
+        return False
+
     bounds = Bounds(settings.history_max_entries, settings.history_max_bytes)
-    return History(settings.redis_url, bounds, make_room=None if cache is None else cache.make_room)
+    return History(settings.redis_url, bounds, make_room=make_room)
 
 
 def _cache(settings: GatewaySettings) -> EmbeddingCache | None:
@@ -114,23 +115,44 @@ def _cache(settings: GatewaySettings) -> EmbeddingCache | None:
     return EmbeddingCache(settings.redis_url, max_bytes=settings.vl_cache_bytes, ttl_s=settings.vl_cache_ttl_s)
 
 
-def _vl(settings: GatewaySettings) -> VlClient | None:
-    if settings.vl_url is None:
+def _remembering(settings: GatewaySettings, encoder: Encoder) -> CachingEncoder | None:
+    """The encoder with a cache before it; None for one whose model is not known, and without a place for a cache."""
+    if settings.redis_url is None or not settings.encoding_cache_bytes or not isinstance(encoder, EncoderClient):
         return None
-    return VlClient(ServiceClient("vl", str(settings.vl_url), max_reply_bytes=MAX_EMBEDDINGS_BYTES))
+    max_bytes, ttl_s = settings.encoding_cache_bytes, settings.encoding_cache_ttl_s
+    cache = EmbeddingCache(settings.redis_url, max_bytes=max_bytes, ttl_s=ttl_s, prefix=PROMPTS)
+    return CachingEncoder(encoder, cache)
+
+
+def _vl(settings: GatewaySettings) -> VlClient | None:
+    if not settings.vl_urls:
+        return None
+    urls = tuple(map(str, settings.vl_urls))
+    return VlClient(_nodes(settings, "vl", urls, MAX_EMBEDDINGS_BYTES, probe=ask_vl_facts))
 
 
 def _rewriter(settings: GatewaySettings) -> RewriterClient | None:
-    if settings.rewriter_url is None:
+    if not settings.rewriter_urls:
         return None
-    return RewriterClient(ServiceClient("rewriter", str(settings.rewriter_url), max_reply_bytes=MAX_REWRITTEN_BYTES))
+    return RewriterClient(_nodes(settings, "rewriter", tuple(map(str, settings.rewriter_urls)), MAX_REWRITTEN_BYTES))
 
 
 def _encoder(settings: GatewaySettings) -> Encoder:
     if not settings.use_api_encoder:
-        return EncoderClient(ServiceClient("encoder", str(settings.encoder_url), max_reply_bytes=MAX_EMBEDDINGS_BYTES))
+        return EncoderClient(_nodes(settings, "encoder", settings.encoders, MAX_EMBEDDINGS_BYTES))
     headers = {"authorization": f"Bearer {settings.api_key.get_secret_value()}"} if settings.api_key else None
-    service = ServiceClient(
-        "API encoder", str(settings.api_url), max_reply_bytes=2 * MAX_EMBEDDINGS_BYTES, headers=headers
-    )
-    return ApiEncoderClient(service, settings.api_model)
+    connect = partial(_client, "API encoder", 2 * MAX_EMBEDDINGS_BYTES, headers)
+    nodes = Nodes("API encoder", [str(settings.api_url)], connect, probe=ask_foreign_facts)
+    return ApiEncoderClient(nodes, settings.api_model)
+
+
+def _nodes(
+    settings: GatewaySettings, name: str, urls: Sequence[str], max_reply_bytes: int, probe: Probe | None = None
+) -> Nodes:
+    return Nodes(name, urls, partial(_client, name, max_reply_bytes, settings.authorization), probe=probe)
+
+
+def _client(
+    name: str, max_reply_bytes: int, headers: Mapping[str, str] | None, url: str, address: str | None
+) -> ServiceClient:
+    return ServiceClient(name, url, max_reply_bytes=max_reply_bytes, headers=headers, address=address)

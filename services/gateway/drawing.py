@@ -11,17 +11,21 @@ from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-from services.gateway.clients import Commission, DiffusionClient, Drawn, Embeddings, Progress
+import structlog
+
+from services.gateway.clients import Embeddings
+from services.gateway.commissions import Commission, DiffusionClient, Drawn, Errand, Progress
+from services.gateway.node import is_nodes_fault
 from services.gateway.pictures import with_parameters
 from services.gateway.settings import GatewaySettings
 from services.gateway.store import History
-from shared.errors import BadUpstream, InvalidField, NotBegun, Unready, UpstreamTimeout
+from shared.errors import BadUpstream, InvalidField, NotBegun, QueueFull, ServiceError, Unready, UpstreamTimeout
 from shared.schemas.diffusion import DiffusionParameters, LoraList
 from shared.schemas.fields import MAX_SEED
 from shared.schemas.public import GenerateRequest
 
 DRAWN_SEEDS = 2**32  # small enough for every client's number type; a request may name any up to 2**63 - 1
-RESEND_PAUSE_S = 0.25
+RESTARTS = 2
 CALL_TIMEOUT_S = 10.0
 NOT_PICTURE = {
     "num_images",
@@ -36,6 +40,7 @@ NOT_PICTURE = {
 """Fields that are not kept with a picture: they say how it is to be made, not which, or are kept in another form."""
 
 T = TypeVar("T")
+log = structlog.get_logger(__name__)
 
 
 class Clock:
@@ -195,8 +200,9 @@ class Drawing:
         report(Generated(index, png, parameters, seconds, server_timing, history_id, **wanted.prompts))
 
     async def _drawn(self, wanted: "Wanted", index: int, clock: Clock, report: Report, *, watched: bool) -> Drawn:
-        """The picture; one that the service had not begun when it ended is sent again once it is back."""
-        end = clock.seconds + self._settings.resend_timeout_s
+        """The picture. One whose node ended or was lost is begun again, with the same seed, wherever there is room:
+        if nothing had been done for it until the time to send it again is up, else `RESTARTS` times at most."""
+        end, restarts, errand = clock.seconds + self._settings.resend_timeout_s, RESTARTS, Errand()
         while True:
             left_s = clock.left_s()
             unwatched = {} if watched else {"preview_every": 0}
@@ -204,27 +210,27 @@ class Drawing:
             commission = Commission(parameters, wanted.texts.text, wanted.texts.negative, wanted.texts.references)
             try:
                 if not watched:
-                    return await self.client.generate(commission, timeout_s=left_s)
-                return await self._followed(commission, index, left_s, report)
-            except NotBegun:
-                if clock.seconds > end:
+                    return await self.client.generate(commission, timeout_s=left_s, errand=errand)
+                return await self._followed(commission, index, left_s, report, errand)
+            except QueueFull:
+                if not self.client.nodes.has_others(errand.full):
                     raise
-                await self._until_ready(clock, end)
+            except ServiceError as error:
+                restarts -= not isinstance(error, NotBegun)
+                if not (errand.sent and is_nodes_fault(error)) or restarts < 0 or clock.seconds > end:
+                    raise
+                log.info("a picture is begun again", reason=error.detail, restarts_left=restarts)
+                await self.client.nodes.until_ready(min(end - clock.seconds, clock.left_s()))
 
-    async def _followed(self, commission: Commission, index: int, timeout_s: float, report: Report) -> Drawn:
-        async with aclosing(self.client.follow(commission, timeout_s=timeout_s)) as told:
+    async def _followed(
+        self, commission: Commission, index: int, timeout_s: float, report: Report, errand: Errand
+    ) -> Drawn:
+        async with aclosing(self.client.follow(commission, timeout_s=timeout_s, errand=errand)) as told:
             async for item in told:
                 if isinstance(item, Drawn):
                     return item
                 report(Happened(index, item))
         raise BadUpstream("The diffusion service ended its answer before the picture was there.")
-
-    async def _until_ready(self, clock: Clock, end: float) -> None:
-        """Waits for the service to be there again, at most until `end`. Raises UpstreamTimeout at the deadline."""
-        ready = False
-        while not ready and clock.seconds <= end:
-            await asyncio.sleep(min(RESEND_PAUSE_S, clock.left_s()))
-            ready = await self.client.probe() is None
 
     async def _keep(self, again: Mapping[str, Any], seconds: float, png: bytes, drawn: Drawn) -> int | None:
         if self._history is None:

@@ -1,25 +1,31 @@
-"""The cache of reference pictures' embeddings in Redis: within a size and a time, least recently used out first.
+"""A cache of embeddings in Redis: within a size and a time, least recently used out first.
 
-It has keys and bounds of its own, apart from history's: filling it never drops a picture. Every gateway reads what any
-of them wrote. An entry is the vl service's answer as it came.
+That of reference pictures and that of prompts have keys and bounds of their own, apart from history's: filling one
+never drops a picture. Every gateway reads what any of them wrote. An entry is a service's answer as it came.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
-from typing import Any, Self
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Self, TypeVar
 
 import structlog
 from redis.exceptions import RedisError
 
 from services.gateway.connection import connect, told, with_room
-from shared.errors import UnknownName, UpstreamTimeout
+from shared.errors import UnknownName, Unreachable, UpstreamTimeout
 
-PREFIX = "{zimage}:vl:"  # the braces keep the keys together on a Redis cluster
-LOCK_S = 15.0  # after it an extraction whose gateway is gone may be begun anew
+PICTURES, PROMPTS = "{zimage}:vl:", "{zimage}:text:"  # the braces keep the keys together on a Redis cluster
+LOCK_S = 15.0  # after it work whose gateway is gone may be begun anew
 RENEW_S = 5.0
 POLL_S = 0.05
+PATIENCE_S = 1.0  # for a cache that is not needed; one that takes longer is not asked for a while
+SPARED_S = 5.0
 
+T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
 # KEYS[1] is the prefix of every key. index: sorted set of ids, scored by their last use in microseconds; sizes: hash of
@@ -96,11 +102,21 @@ return count
 """
 
 
-class EmbeddingCache:
-    """Extracted embeddings by their ids."""
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Embeddings under their id."""
 
-    def __init__(self, url: str, *, max_bytes: int, ttl_s: float) -> None:
+    embeddings_id: str
+    message: bytes
+
+
+class EmbeddingCache:
+    """Embeddings by their ids."""
+
+    def __init__(self, url: str, *, max_bytes: int, ttl_s: float, prefix: str = PICTURES) -> None:
         self._redis = connect(url)
+        self._prefix = prefix
+        self._spared_until = 0.0
         self._max_bytes = max_bytes
         self._ttl_ms = max(1, int(ttl_s * 1000))
         self._put, self._get, self._list, self._drop_oldest, self._delete, self._clear = (
@@ -115,54 +131,76 @@ class EmbeddingCache:
         """Closes every connection."""
         await self._redis.aclose()
 
+    async def find_or_make(
+        self, embeddings_id: str, make: Callable[[], Awaitable[Kept]], *, timeout_s: float, must_keep: bool
+    ) -> Kept:
+        """What is kept, else what `make` gives, which is then kept under the id that it has.
+
+        Of several who want the same one makes it and the others wait, for `timeout_s` seconds at most. Without
+        `must_keep` all this does without a Redis that is away. Raises what `make` does, UpstreamTimeout, and with
+        `must_keep` Unreachable.
+        """
+        get = partial(self.get, embeddings_id)
+        async with AsyncExitStack() as stack:
+            message = await self._tried(get, must=must_keep)
+            if message is None:
+                alone = self.alone(embeddings_id, timeout_s=timeout_s)
+                await self._tried(partial(stack.enter_async_context, alone), must=must_keep, wait_s=timeout_s)
+                message = await self._tried(get, must=must_keep)
+            if message is not None:
+                return Kept(embeddings_id, message)
+            made = await make()
+            await self._tried(partial(self.put, made.embeddings_id, made.message), must=must_keep)
+        return made
+
     async def get(self, embeddings_id: str) -> bytes | None:
         """The message, which counts as used now; None where there is none. Raises Unreachable."""
         async with _told():
-            found: Any = await self._get(keys=[PREFIX], args=[embeddings_id, self._ttl_ms])
+            found: Any = await self._get(keys=[self._prefix], args=[embeddings_id, self._ttl_ms])
         return None if found is None else bytes(found)
 
     async def put(self, embeddings_id: str, message: bytes) -> None:
         """Keeps the message, and drops what was not used for longest until there is room. Raises Unreachable."""
         arguments: list[str | bytes | int] = [embeddings_id, message, self._ttl_ms, self._max_bytes]
         async with _told():
-            kept = await with_room(lambda: self._put(keys=[PREFIX], args=arguments), self.make_room, len(message))
+            kept = await with_room(lambda: self._put(keys=[self._prefix], args=arguments), self.make_room, len(message))
         if not kept:
             log.warning("embeddings are larger than the whole cache", id=embeddings_id, bytes=len(message))
 
     async def make_room(self, wanted: int) -> bool:
         """Drops what was not used for longest, `wanted` bytes of it, while Redis is full; answers whether there was
         any. Raises RedisError."""
-        dropped = int(await self._drop_oldest(keys=[PREFIX], args=[wanted]))
+        dropped = int(await self._drop_oldest(keys=[self._prefix], args=[wanted]))
         log.warning("Redis is full: embeddings were dropped", entries=dropped)
         return dropped > 0
 
     async def ids(self) -> list[str]:
         """The ids that are kept, those used last first. Raises Unreachable."""
         async with _told():
-            return [item.decode() for item in await self._list(keys=[PREFIX], args=[self._ttl_ms])]
+            return [item.decode() for item in await self._list(keys=[self._prefix], args=[self._ttl_ms])]
 
     async def delete(self, embeddings_id: str) -> None:
         """Raises UnknownName where there is none of that id, and Unreachable."""
         async with _told():
-            there = await self._delete(keys=[PREFIX], args=[embeddings_id])
+            there = await self._delete(keys=[self._prefix], args=[embeddings_id])
         if not there:
             raise UnknownName("There are no embeddings of that id; GET /api/vl/status lists those that are kept.")
 
     async def clear(self) -> int:
         """Removes all and answers how many there were. Raises Unreachable."""
         async with _told():
-            return int(await self._clear(keys=[PREFIX], args=[]))
+            return int(await self._clear(keys=[self._prefix], args=[]))
 
     @asynccontextmanager
     async def alone(self, embeddings_id: str, *, timeout_s: float) -> AsyncIterator[None]:
-        """Within it nobody else, through whichever gateway, is within it for the same id.
+        """Within it nobody else, through whichever gateway, is within it for the same id of this cache.
 
         Raises UpstreamTimeout where another needs longer than `timeout_s` seconds, and Unreachable.
         """
-        lock = self._redis.lock(f"{PREFIX}lock:{embeddings_id}", timeout=LOCK_S, sleep=POLL_S)
+        lock = self._redis.lock(f"{self._prefix}lock:{embeddings_id}", timeout=LOCK_S, sleep=POLL_S)
         async with _told():
             if not await lock.acquire(blocking_timeout=timeout_s):
-                raise UpstreamTimeout(f"The same picture was not extracted within {timeout_s:g} s.")
+                raise UpstreamTimeout(f"The same embeddings, asked for before, were not made within {timeout_s:g} s.")
 
         async def renew() -> None:
             while True:
@@ -170,13 +208,28 @@ class EmbeddingCache:
                 with suppress(RedisError, OSError):
                     await lock.reacquire()
 
-        renewing = asyncio.create_task(renew(), name="extraction")
+        renewing = asyncio.create_task(renew(), name="lock")
         try:
             yield
         finally:
             renewing.cancel()
             with suppress(RedisError, OSError):  # it then ends by itself
                 await lock.release()
+
+    async def _tried(self, call: Callable[[], Awaitable[T]], *, must: bool, wait_s: float = 0.0) -> T | None:
+        """What Redis answers; None while it is away, unless it `must` be there. Raises Unreachable.
+
+        One that must not be there is given `PATIENCE_S` (beyond a wait for others), and then left alone for a while.
+        """
+        if must:
+            return await call()
+        if time.monotonic() < self._spared_until:
+            return None
+        with suppress(Unreachable, TimeoutError):
+            async with asyncio.timeout(wait_s + PATIENCE_S):
+                return await call()
+        self._spared_until = time.monotonic() + SPARED_S
+        return None
 
 
 def _told() -> AbstractAsyncContextManager[None]:

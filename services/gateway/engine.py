@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.gateway.clients import Embeddings, Encoder, Progress
+from services.gateway.clients import Embeddings, Encoder
+from services.gateway.commissions import Progress
 from services.gateway.drawing import NOT_PICTURE, Clock, Drawing, Generated, Happened, Origin, Report, Texts, Wanted
 from services.gateway.files import write_embeddings
 from services.gateway.rewriting import Rewriting, answer_of, answers, rewritten_request

@@ -4,14 +4,18 @@ import hashlib
 import json
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
+from functools import partial
 
+import httpx2
 from pydantic import ValidationError
 
-from services.gateway.clients import PROBE_TIMEOUT_S, Embeddings, embeddings_of
+from services.gateway.clients import Embeddings, embeddings_of
+from services.gateway.members import PROBE_TIMEOUT_S, ask_facts
+from services.gateway.nodes import Nodes
 from services.gateway.written import RewriteEvent, follow, rewritten_of
 from shared import wire
 from shared.client import ServiceClient
-from shared.errors import BadUpstream, ServiceError
+from shared.errors import BadUpstream
 from shared.schemas.fields import RequestModel
 from shared.schemas.rewriter import Rewritten
 from shared.schemas.vl import (
@@ -40,49 +44,60 @@ class Reference:
 
 
 class VlClient:
-    """Pictures to hidden states, and to texts about them. `facts` are as the service told them last."""
+    """Pictures to hidden states, and to texts about them."""
 
-    def __init__(self, service: ServiceClient) -> None:
-        self.service = service
-        self.facts: VlFacts | None = None
+    def __init__(self, nodes: Nodes) -> None:
+        self.nodes = nodes
 
-    async def probe(self) -> ServiceError | None:
-        """Whether the service is ready; None when it is, else why not."""
-        try:
-            await self.ask_facts()
-        except ServiceError as error:
-            return error
-        return None
+    @property
+    def facts(self) -> VlFacts | None:
+        """What the nodes told last of themselves."""
+        facts = self.nodes.facts
+        return facts if isinstance(facts, VlFacts) else None
 
     async def ask_facts(self) -> VlFacts:
-        """What the service works with. Raises a ServiceError."""
-        reply = await self.service.get("/v1/model", timeout_s=PROBE_TIMEOUT_S)
-        try:
-            self.facts = VlFacts.model_validate_json(reply.body)
-        except ValidationError:
-            raise BadUpstream("The vl service answered something that is no model.") from None
-        return self.facts
+        """What a node works with. Raises a ServiceError."""
+
+        async def work(service: ServiceClient, _: float) -> VlFacts:
+            return await ask_vl_facts(service)
+
+        return await self.nodes.ask(work, timeout_s=PROBE_TIMEOUT_S)
 
     async def extract(self, picture: bytes, parameters: ExtractParameters, *, timeout_s: float) -> Reference:
         """The hidden states of a picture. Raises a ServiceError."""
-        return read_reference(await self._post("/v1/extract", picture, parameters, timeout_s))
+
+        async def work(service: ServiceClient, left_s: float) -> Reference:
+            return read_reference(await _post(service, "/v1/extract", picture, parameters, left_s))
+
+        return await self.nodes.ask(work, timeout_s=timeout_s, kind="extract")
 
     async def describe(self, picture: bytes, parameters: DescribeParameters, *, timeout_s: float) -> Rewritten:
         """A text about a picture. Raises a ServiceError."""
-        return rewritten_of(self.service, await self._post("/v1/describe", picture, parameters, timeout_s))
+
+        async def work(service: ServiceClient, left_s: float) -> Rewritten:
+            return rewritten_of(service, await _post(service, "/v1/describe", picture, parameters, left_s))
+
+        return await self.nodes.ask(work, timeout_s=timeout_s)
 
     def follow_description(
         self, picture: bytes, parameters: DescribeParameters, *, timeout_s: float
     ) -> AsyncGenerator[RewriteEvent | Rewritten]:
         """The same as it comes. Closing the generator ends the text. Raises a ServiceError."""
-        chunks = _message(picture, parameters)
-        events = self.service.stream_chunks("/v1/describe", chunks, timeout_s=timeout_s, headers=_HEADERS)
-        return follow(self.service, events)
 
-    async def _post(self, path: str, picture: bytes, parameters: RequestModel, timeout_s: float) -> bytes:
-        chunks = _message(picture, parameters)
-        reply = await self.service.post_chunks(path, chunks, timeout_s=timeout_s, headers=_HEADERS)
-        return reply.body
+        def begin(service: ServiceClient) -> AsyncGenerator[httpx2.ServerSentEvent]:
+            chunks = _message(picture, parameters)
+            return service.stream_chunks("/v1/describe", chunks, timeout_s=timeout_s, headers=_HEADERS)
+
+        return follow(self.nodes, begin)
+
+
+ask_vl_facts = partial(ask_facts, "vl", kind=VlFacts)
+"""What a node of the vl service says that it is. Raises a ServiceError."""
+
+
+async def _post(service: ServiceClient, path: str, picture: bytes, parameters: RequestModel, timeout_s: float) -> bytes:
+    chunks = _message(picture, parameters)
+    return (await service.post_chunks(path, chunks, timeout_s=timeout_s, headers=_HEADERS)).body
 
 
 def _message(picture: bytes, parameters: RequestModel) -> list[bytes]:

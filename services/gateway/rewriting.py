@@ -4,10 +4,10 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-from services.gateway.clients import probe
+from services.gateway.nodes import Nodes
 from services.gateway.written import RewriteEvent, follow, rewritten_of
 from shared.client import ServiceClient
-from shared.errors import BadUpstream, InvalidField, ServiceError, Unready
+from shared.errors import BadUpstream, InvalidField, Unready
 from shared.schemas.fields import MAX_PROMPT_CHARS
 from shared.schemas.public import GenerateRequest
 from shared.schemas.rewriter import (
@@ -28,21 +28,22 @@ NO_REWRITER = (
 class RewriterClient:
     """Short prompts to longer ones."""
 
-    def __init__(self, service: ServiceClient) -> None:
-        self.service = service
-
-    async def probe(self) -> ServiceError | None:
-        """Whether the service is ready; None when it is, else why not."""
-        return await probe(self.service)
+    def __init__(self, nodes: Nodes) -> None:
+        self.nodes = nodes
 
     async def rewrite(self, prompt: RewritePrompt, *, timeout_s: float) -> Rewritten:
         """What the language model wrote. Raises a ServiceError."""
-        reply = await self.service.post_json("/v1/rewrite", prompt.model_dump(), timeout_s=timeout_s)
-        return rewritten_of(self.service, reply.body)
+
+        async def work(service: ServiceClient, left_s: float) -> Rewritten:
+            reply = await service.post_json("/v1/rewrite", prompt.model_dump(), timeout_s=left_s)
+            return rewritten_of(service, reply.body)
+
+        return await self.nodes.ask(work, timeout_s=timeout_s)
 
     def follow(self, prompt: RewritePrompt, *, timeout_s: float) -> AsyncGenerator[RewriteEvent | Rewritten]:
         """Pieces as they come, then the whole. Closing the generator ends the text. Raises a ServiceError."""
-        return follow(self.service, self.service.stream("/v1/rewrite", prompt.model_dump(), timeout_s=timeout_s))
+        body = prompt.model_dump()
+        return follow(self.nodes, lambda service: service.stream("/v1/rewrite", body, timeout_s=timeout_s))
 
 
 class Rewriting:

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Self
 
-from pydantic import AnyHttpUrl, model_validator
+from pydantic import model_validator
 from pydantic_core import PydanticCustomError
 
+from shared.addresses import ServiceUrls
 from shared.schemas.fields import (
     Alpha,
     BlendMode,
@@ -20,7 +21,7 @@ from shared.schemas.fields import (
     StyleShare,
     VlLayer,
 )
-from shared.settings import DEFAULT_MAX_PIXELS, DataSettings, ServiceUrl, UpstreamSettings, VisionSettings, setting
+from shared.settings import DEFAULT_MAX_PIXELS, DataSettings, UpstreamSettings, VisionSettings, setting
 from shared.templates import DEFAULT_DIR
 
 
@@ -41,14 +42,23 @@ class GatewaySettings(UpstreamSettings, DataSettings, VisionSettings):
     api_model: str | None = setting(
         None, key="api.model", panel="API backend", description="Model ID for the API backend."
     )
-    diffusion_url: ServiceUrl = setting(
-        AnyHttpUrl("http://127.0.0.1:7864"), key="diffusion.url", description="base URL of the diffusion service"
+    diffusion_urls: ServiceUrls = setting(
+        (),
+        key="diffusion.urls",
+        panel="Nodes",
+        description="Base URLs of diffusion services, with commas between them; they take the place of a local one.",
     )
-    rewriter_url: ServiceUrl | None = setting(
-        None, key="rewriter.url", description="base URL of the rewriter; without one prompts are not rewritten"
+    rewriter_urls: ServiceUrls = setting(
+        (),
+        key="rewriter.urls",
+        panel="Nodes",
+        description="Base URLs of rewriters, with commas between them; they take the place of a local one.",
     )
-    vl_url: ServiceUrl | None = setting(
-        None, key="vl.url", description="base URL of the vl service; without one there is no vision conditioning"
+    vl_urls: ServiceUrls = setting(
+        (),
+        key="vl.urls",
+        panel="Nodes",
+        description="Base URLs of vl services, with commas between them; they take the place of a local one.",
     )
     redis_url: str | None = setting(
         None,
@@ -103,6 +113,15 @@ class GatewaySettings(UpstreamSettings, DataSettings, VisionSettings):
     vl_style_share: StyleShare = setting(
         1 / 3, key="vl.style_share", description="share of the dimensions, the last ones, that style_only blends"
     )
+    encoding_cache_bytes: int = setting(
+        256 << 20,
+        key="encoder.cache_bytes",
+        ge=0,
+        description="bytes of encoded prompts that Redis keeps for all gateways; 0 keeps none",
+    )
+    encoding_cache_ttl_s: float = setting(
+        86_400.0, key="encoder.cache_ttl_s", gt=0, description="seconds that they are kept after their last use"
+    )
     vl_cache_bytes: int = setting(
         256 << 20, key="vl.cache_bytes", ge=1 << 20, description="bytes of extracted embeddings that Redis keeps"
     )
@@ -135,8 +154,13 @@ class GatewaySettings(UpstreamSettings, DataSettings, VisionSettings):
         120.0,
         key="server.resend_timeout_s",
         ge=0,
-        description="seconds that a picture which was not begun waits for the diffusion service to be there again",
+        description="seconds that a picture whose diffusion service ended waits for one to be there again",
     )
+
+    @property
+    def diffusions(self) -> tuple[str, ...]:
+        """The diffusion services' base URLs; where none are given, that of one on this machine."""
+        return tuple(map(str, self.diffusion_urls)) or ("http://127.0.0.1:7864",)
 
     @property
     def address(self) -> tuple[str, int]:

@@ -5,13 +5,13 @@ What was extracted is kept under an id of everything that determines it, so equa
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, aclosing, suppress
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from services.gateway.clients import Embeddings
-from services.gateway.embeddings import EmbeddingCache
+from services.gateway.embeddings import EmbeddingCache, Kept
 from services.gateway.references import Reference, VlClient, id_of, read_reference
 from services.gateway.settings import GatewaySettings
 from services.gateway.written import RewriteEvent
@@ -196,18 +196,15 @@ class Vision:
         embeddings_id = await asyncio.to_thread(id_of, picture, parameters, facts.fingerprint)
         if self._cache is None:
             return _found(await self._extracted(picture, parameters, end), embeddings_id, started)
-        async with AsyncExitStack() as stack:
-            message = await _tried(self._cache.get(embeddings_id), must=must_keep)
-            if message is None:
-                alone = self._cache.alone(embeddings_id, timeout_s=end - time.perf_counter())
-                await _tried(stack.enter_async_context(alone), must=must_keep)
-                message = await _tried(self._cache.get(embeddings_id), must=must_keep)
-            if message is not None:
-                return _found(read_reference(message), embeddings_id, started)
+
+        async def make() -> Kept:
             reference = await self._extracted(picture, parameters, end)
-            embeddings_id = await asyncio.to_thread(id_of, picture, parameters, reference.told.fingerprint)
-            await _tried(self._cache.put(embeddings_id, reference.message), must=must_keep)
-        return _found(reference, embeddings_id, started)
+            its_id = await asyncio.to_thread(id_of, picture, parameters, reference.told.fingerprint)
+            return Kept(its_id, reference.message)
+
+        left_s = end - time.perf_counter()
+        kept = await self._cache.find_or_make(embeddings_id, make, timeout_s=left_s, must_keep=must_keep)
+        return _found(read_reference(kept.message), kept.embeddings_id, started)
 
     async def _extracted(self, picture: bytes, parameters: ExtractParameters, end: float) -> Reference:
         left_s = max(0.001, end - time.perf_counter())
@@ -216,16 +213,6 @@ class Vision:
 
 def _found(reference: Reference, embeddings_id: str, started: float) -> Found:
     return Found(embeddings_id, reference, time.perf_counter() - started)
-
-
-async def _tried(call: Awaitable[T], *, must: bool) -> T | None:
-    """What the cache answers; None while it is away, unless it `must` be there. Raises Unreachable."""
-    try:
-        return await call
-    except Unreachable:
-        if must:
-            raise
-    return None
 
 
 def _fields(request: VlGenerateRequest, found: Sequence[Found], blending: Blending) -> dict[str, Any]:

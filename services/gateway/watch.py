@@ -1,85 +1,80 @@
-"""Watches whether the services are ready, so that `/health` answers from memory however busy they are."""
+"""What `/health` and `/api/nodes` tell of the services, from what their nodes answered last: nobody is asked for it."""
 
-import asyncio
 from collections.abc import Mapping, Sequence
 
-import structlog
-
-from services.gateway.clients import BackEnd
-from shared.errors import ServiceError, Unreachable, Unready
-from shared.schemas.public import ServiceHealth
-
-INTERVAL_S = 1.0
-READY = "ready"
-log = structlog.get_logger(__name__)
+from services.gateway.node import Node, NodeState
+from services.gateway.nodes import Nodes
+from shared.schemas.public import NodeEntry, ServiceHealth
 
 
 class Watch:
-    """Probes each service every `INTERVAL_S` seconds and remembers the answer.
+    """The services by their names.
 
     Without an `optional` service most requests can be answered. It is waited for at the start; when it goes away later
     this gateway stays ready.
     """
 
-    def __init__(self, back_ends: Mapping[str, BackEnd], *, optional: Sequence[str] = ()) -> None:
-        self._back_ends = back_ends
+    def __init__(self, services: Mapping[str, Nodes], *, optional: Sequence[str] = ()) -> None:
+        self._services = services
         self._optional = optional
-        self._seen: set[str] = set()  # services that were ready once
-        self._health = {
-            name: ServiceHealth(status="starting", url=back_end.service.base_url, reason="it has not been asked yet")
-            for name, back_end in back_ends.items()
-        }
 
     @property
     def health(self) -> Mapping[str, ServiceHealth]:
-        """The last answer of each service."""
-        return self._health
+        """Each service: ready with one of its nodes, else in the state of its first one."""
+        return {name: _health(nodes) for name, nodes in self._services.items()}
+
+    @property
+    def nodes(self) -> list[NodeEntry]:
+        """Every node of every service."""
+        return [_entry(name, *pair) for name, nodes in self._services.items() for pair in nodes.all]
 
     def is_ready(self, name: str) -> bool:
-        """Whether the service was ready when it was last asked."""
-        return name in self._health and self._health[name].status == READY
+        """Whether a node of the service can work."""
+        return name in self._services and bool(self._services[name].ready)
 
     @property
     def complete(self) -> bool:
         """Whether every service is ready."""
-        return all(self.is_ready(name) for name in self._back_ends)
+        return all(self.is_ready(name) for name in self._services)
 
     def unready_reason(self) -> str | None:
         """Which services are not ready without which this gateway is not, or None."""
-        spared = self._seen.intersection(self._optional)
-        waiting = [name for name in self._back_ends if not self.is_ready(name) and name not in spared]
+        spared = [name for name in self._optional if name in self._services and self._services[name].model is not None]
+        waiting = [name for name in self._services if not self.is_ready(name) and name not in spared]
         return f"waiting for {' and '.join(waiting)}" if waiting else None
 
-    async def run(self) -> None:
-        """Probes until cancelled, every service on its own so that a silent one delays no other."""
-        async with asyncio.TaskGroup() as tasks:
-            for name in self._back_ends:
-                tasks.create_task(self._follow(name))
 
-    async def _follow(self, name: str) -> None:
-        while True:
-            await self._probe(name)
-            await asyncio.sleep(INTERVAL_S)
-
-    async def _probe(self, name: str) -> None:
-        back_end = self._back_ends[name]
-        url, error = back_end.service.base_url, await _asked(name, back_end)
-        before = self._health[name].status
-        if error is None:
-            health = ServiceHealth(status=READY, url=url)
-            self._seen.add(name)
-        else:
-            status = "starting" if isinstance(error, Unready) else "unreachable"
-            health = ServiceHealth(status=status, url=url, reason=error.detail)
-        self._health[name] = health
-        if health.status != before:
-            log.info("service changed", name=name, status=health.status, reason=health.reason)
+def _health(nodes: Nodes) -> ServiceHealth:
+    ready = nodes.ready
+    spare = (NodeState.DRAINING, NodeState.OTHER_MODEL)  # told of only where there are no others
+    node, state = min(nodes.all, key=lambda pair: (pair[0] not in ready, pair[1] in spare))
+    return ServiceHealth(
+        status="unreachable" if state in spare else state.value,
+        url=node.service.base_url,
+        reason=_reason(node, state),
+        nodes=len(nodes.all),
+        ready_nodes=len(ready),
+    )
 
 
-async def _asked(name: str, back_end: BackEnd) -> ServiceError | None:
-    """What the service's probe answers. One that breaks is told as unreachable, so that the watch goes on."""
-    try:
-        return await back_end.probe()
-    except Exception:  # whatever it was: without the watch this gateway would stay as ready as it was for ever
-        log.exception("a service could not be asked", name=name)
-        return Unreachable("It could not be asked; the gateway's log has the cause.")
+def _entry(service: str, node: Node, state: NodeState) -> NodeEntry:
+    facts = node.facts
+    return NodeEntry(
+        service=service,
+        url=node.service.base_url,
+        state=state.value,
+        in_flight=node.in_flight,
+        last_error=None if node.last_error is None else node.last_error.detail,
+        version=facts.version if facts else None,
+        device=facts.device if facts else None,
+        model=facts.name if facts else None,
+        fingerprint=facts.fingerprint if facts else None,
+    )
+
+
+def _reason(node: Node, state: NodeState) -> str | None:
+    if state is NodeState.OTHER_MODEL:
+        return "it has another model than most nodes of this service"
+    if node.failure is not None:
+        return node.failure.detail
+    return None if node.asked else "it has not been asked yet"

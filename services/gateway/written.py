@@ -1,12 +1,13 @@
 """What the services that write answer, as the gateway reads it: pieces as they come, and the whole."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 
 import httpx2
 from pydantic import ValidationError
 
+from services.gateway.nodes import Nodes
 from shared.client import ServiceClient
 from shared.errors import BadUpstream
 from shared.events import ERROR
@@ -29,11 +30,14 @@ def rewritten_of(service: ServiceClient, body: bytes) -> Rewritten:
         raise BadUpstream(f"The {service.name} service answered something that is no text.") from None
 
 
-async def follow(
-    service: ServiceClient, stream: AsyncGenerator[httpx2.ServerSentEvent]
-) -> AsyncGenerator[RewriteEvent | Rewritten]:
-    """Pieces as they come, then the whole. Closing the generator ends the text. Raises a ServiceError."""
-    async with aclosing(stream) as events:
+Begin = Callable[[ServiceClient], AsyncGenerator[httpx2.ServerSentEvent]]
+"""Asks a node for a text; its events come as they are."""
+
+
+async def follow(nodes: Nodes, begin: Begin) -> AsyncGenerator[RewriteEvent | Rewritten]:
+    """Pieces as they come from a node, then the whole. Closing the generator ends the text. Raises a ServiceError."""
+    async with nodes.lease(movable=False) as node, aclosing(begin(node.service)) as events:
+        service = node.service
         async for event in events:
             if event.event == ERROR:
                 raise service.rebuilt(event.data.encode())

@@ -55,6 +55,7 @@ def create_app(settings: RewriterSettings, *, model: "LanguageModel | None" = No
         readiness=engine.unready_reason,
         metrics=metrics,
         max_body_bytes=MAX_BODY_BYTES,
+        token=settings.token,
     )
     return app
 

@@ -31,12 +31,26 @@ class Written:
     reason: str | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriterFacts:
+    """Which language model writes, where, and what tells it from others."""
+
+    model: str
+    device: str
+    dtype: str
+    fingerprint: str
+
+
 class BackEnd(Protocol):
     """A language model, wherever it runs."""
 
     @property
     def name(self) -> Literal["local", "api"]:
         """What answers call it: `local` is this server's own model."""
+
+    @property
+    def facts(self) -> WriterFacts:
+        """What is known of the model. Raises Unready."""
 
     async def __aenter__(self) -> Self:
         """Gets ready."""

@@ -1,12 +1,13 @@
 """The back ends `encoder` and `api`: a server that speaks OpenAI's chat completions."""
 
+import hashlib
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ValidationError
 
-from services.rewriter.backend import Writing, Written
+from services.rewriter.backend import WriterFacts, Writing, Written
 from shared.client import ServiceClient
 from shared.errors import BadUpstream, ServiceError, rebuild
 from shared.schemas.chat import DONE
@@ -43,6 +44,12 @@ class ApiBackEnd:
         self._service = service
         self._model = model
         self._timeout_s = timeout_s
+
+    @property
+    def facts(self) -> WriterFacts:
+        """The other server and its model by their names: no more is known of them."""
+        named = hashlib.sha256(f"{self._service.base_url} {self._model}".encode()).hexdigest()[:16]
+        return WriterFacts(model=self._model, device="remote", dtype="unknown", fingerprint=named)
 
     async def __aenter__(self) -> Self:
         """Opens the connection pool."""

@@ -3,7 +3,7 @@
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-from services.rewriter.backend import BackEnd, Writing
+from services.rewriter.backend import BackEnd, WriterFacts, Writing
 from services.rewriter.settings import RewriterSettings
 from shared.language.options import Message, drawn_seed
 from shared.language.thinking import Piece, ThinkParser
@@ -16,6 +16,11 @@ class RewriterEngine:
     def __init__(self, back_end: BackEnd, settings: RewriterSettings) -> None:
         self._back_end = back_end
         self._settings = settings
+
+    @property
+    def facts(self) -> WriterFacts:
+        """What writes. Raises Unready."""
+        return self._back_end.facts
 
     def unready_reason(self) -> str | None:
         """Why nothing can be rewritten, or None."""

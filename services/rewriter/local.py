@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Literal, Self
 
-from services.rewriter.backend import Writing, Written
+from services.rewriter.backend import WriterFacts, Writing, Written
 from shared.device_thread import DeviceThread
 from shared.language.generations import Assignment, Generations, WritingLimits
 from shared.language.model import LanguageModel
@@ -24,6 +24,12 @@ class LocalBackEnd:
     ) -> None:
         self.device = DeviceThread("rewriter", load=load, tick=self._tick, on_failure=on_failure)
         self.generations = Generations(limits, wake=self.device.wake)
+
+    @property
+    def facts(self) -> WriterFacts:
+        """Of the loaded model. Raises Unready."""
+        facts = self.device.model.facts
+        return WriterFacts(model=facts.name, device=facts.device, dtype=facts.dtype, fingerprint=facts.fingerprint)
 
     async def __aenter__(self) -> Self:
         """Begins to load."""

@@ -7,6 +7,7 @@ from transformers import AutoTokenizer
 
 from services.rewriter.settings import RewriterSettings
 from shared.checkpoint import UnusableModel, checkpoint_dtype, require_parts, weight_bytes
+from shared.fingerprint import fingerprint_of
 from shared.language.model import LanguageModel, load_qwen3
 from shared.tensors import dtype_of, pick_device, require_memory
 
@@ -27,7 +28,8 @@ def load_language_model(settings: RewriterSettings) -> LanguageModel:
     if not writes:
         raise UnusableModel(f"{folder} holds a language model without its head, which cannot write")
     log.info("language model loaded", folder=str(folder), device=str(device), dtype=str(dtype))
-    return LanguageModel(model, AutoTokenizer.from_pretrained(tokenizer), name)
+    fingerprint = fingerprint_of(dict.fromkeys((folder, tokenizer)), str(dtype))
+    return LanguageModel(model, AutoTokenizer.from_pretrained(tokenizer), name, fingerprint)
 
 
 def _folders(settings: RewriterSettings) -> tuple[str, Path, Path]:

@@ -24,6 +24,7 @@ from shared.events import wants_events
 from shared.problems import responses
 from shared.requests import require_json
 from shared.rewriting import FOLLOWED, rewriting_response
+from shared.schemas.node import NodeFacts
 from shared.schemas.rewriter import RewritePrompt, Rewritten
 
 REFUSALS = responses(
@@ -64,3 +65,17 @@ async def rewrite(body: RewritePrompt, request: Request, engine: Engine) -> Resp
     """Answers JSON, or with `Accept: text/event-stream` events as the text comes: `thinking` and `text` with pieces,
     `done` with the whole answer. Closing the connection ends the text at the next token."""
     return await rewriting_response(request, engine.write(body, follow=wants_events(request)))
+
+
+@router.get("/model", summary="What writes", responses=responses(Unready))
+async def model(request: Request, engine: Engine) -> NodeFacts:
+    """The language model, where it computes, and its fingerprint; of another server no more than its model's name."""
+    facts = engine.facts
+    return NodeFacts(
+        service="rewriter",
+        version=request.app.version,
+        name=facts.model,
+        device=facts.device,
+        dtype=facts.dtype,
+        fingerprint=facts.fingerprint,
+    )

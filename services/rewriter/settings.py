@@ -7,8 +7,9 @@ from typing import ClassVar, NamedTuple, Self
 from pydantic import SecretStr, model_validator
 from pydantic_core import PydanticCustomError
 
+from shared.addresses import ServiceUrl
 from shared.language.defaults import WritingSettings
-from shared.settings import Device, Dtype, ModelSettings, ServiceUrl, UpstreamSettings, setting
+from shared.settings import Device, Dtype, ModelSettings, UpstreamSettings, setting
 
 
 class BackEndKind(StrEnum):
@@ -101,9 +102,12 @@ class RewriterSettings(ModelSettings, UpstreamSettings, WritingSettings):
 
     @property
     def upstream(self) -> Upstream:
-        """The server behind the back ends `encoder` and `api`. The key of --api-url goes to no other server."""
+        """The server behind the back ends `encoder` (of several encoders the first) and `api`.
+
+        The key of --api-url goes to no other server, nor does the services' token. Raises InvalidSettings.
+        """
         if self.back_end is BackEndKind.ENCODER:
-            return Upstream(_base(str(self.encoder_url)), None)
+            return Upstream(_base(self.encoders[0]), SecretStr(self.token) if self.token else None)
         key = self.rewriter_api_key or (self.api_key if self.rewriter_api_url is None else None)
         return Upstream(_base(str(self.rewriter_api_url or self.api_url)), key)
 

@@ -58,6 +58,7 @@ def create_app(settings: VlSettings, *, model: VisionModel | None = None) -> Fas
         readiness=engine.device.unready_reason,
         metrics=metrics,
         max_body_bytes=MAX_BODY_BYTES,
+        token=settings.token,
     )
     return app
 

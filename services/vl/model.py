@@ -16,11 +16,11 @@ from PIL import Image
 from transformers import AutoTokenizer, DynamicCache, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from services.vl.fingerprint import fingerprint_of
 from services.vl.settings import VlSettings
 from services.vl.tokens import ASSISTANT, ENDS, Layout
 from shared.checkpoint import UnusableModel, checkpoint_dtype, read_json, require_weights, weight_bytes
 from shared.errors import InvalidField, NumericalError, OutOfMemory
+from shared.fingerprint import fingerprint_of
 from shared.language.options import Sampling
 from shared.language.sampling import BROKEN, Sampler, draw
 from shared.language.text import TextStream
@@ -211,7 +211,7 @@ def load_vision_model(settings: VlSettings) -> VisionModel:
         dtype=name,
         device=str(device),
         target_std=target_std,
-        fingerprint=fingerprint_of(folder, f"{name} {target_std!r} {dict(processor.size)}"),
+        fingerprint=fingerprint_of([folder], f"{name} {target_std!r} {dict(processor.size)}"),
         ends=_ends(config, tokenizer),
         openings={choice: _opening(tokenizer, enable_thinking=choice) for choice in (None, True, False)},
     )

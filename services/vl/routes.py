@@ -97,10 +97,12 @@ async def describe(request: Request, engine: Engine) -> Response:
 
 
 @router.get("/model", summary="The model that this node serves", responses=responses(Unready))
-async def model(engine: Engine) -> VlFacts:
-    """What it is, where it computes, and whether its weights are in memory now."""
+async def model(request: Request, engine: Engine) -> VlFacts:
+    """What it is, where it computes, its fingerprint, and whether its weights are in memory now."""
     facts = engine.facts
     return VlFacts(
+        service="vl",
+        version=request.app.version,
         name=facts.name,
         model_path=facts.path,
         device=facts.device,

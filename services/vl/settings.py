@@ -1,10 +1,10 @@
 """What the vl service is told."""
 
 from shared.language.defaults import WritingSettings
-from shared.settings import Dtype, VisionSettings, setting
+from shared.settings import Dtype, NodeSettings, VisionSettings, setting
 
 
-class VlSettings(VisionSettings, WritingSettings):
+class VlSettings(NodeSettings, VisionSettings, WritingSettings):
     """Settings of the vl service."""
 
     vl_host: str = setting("127.0.0.1", key="vl.host", description="address that the vl service listens on")

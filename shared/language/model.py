@@ -22,20 +22,31 @@ _ENDS = (IM_END, "<|endoftext|>")
 
 @dataclass(frozen=True, slots=True)
 class LanguageFacts:
-    """The model's name, how many tokens it can hold, and the tokens that end a text."""
+    """The model's name, how many tokens it can hold, and the tokens that end a text; where and in which numbers it
+    computes; a fingerprint of its files."""
 
     name: str
     context: int
     ends: frozenset[int]
+    device: str
+    dtype: str
+    fingerprint: str
 
 
 class LanguageModel:
     """A causal language model with its tokenizer, and the texts that it is writing."""
 
-    def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
+    def __init__(self, model: Any, tokenizer: Any, name: str, fingerprint: str = "") -> None:
         self._tokenizer = tokenizer
         self.batch = Batch(model)
-        self.facts = LanguageFacts(name, model.config.max_position_embeddings, _ends(model, tokenizer))
+        self.facts = LanguageFacts(
+            name,
+            model.config.max_position_embeddings,
+            _ends(model, tokenizer),
+            str(model.device),
+            str(model.dtype).removeprefix("torch."),
+            fingerprint,
+        )
 
     def prompt(self, messages: Sequence[Message], *, enable_thinking: bool | None = None) -> list[int]:
         """The tokens of a conversation in the tokenizer's chat format, the assistant's turn opened. Safe in any thread.

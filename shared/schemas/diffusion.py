@@ -29,6 +29,7 @@ from shared.schemas.fields import (
     TimeoutS,
     at_most_one,
 )
+from shared.schemas.node import NodeFacts
 
 TEXT = "text"
 NEGATIVE = "negative"
@@ -146,11 +147,9 @@ class Queue(BaseModel):
     max_waiting: int = Field(examples=[32])
 
 
-class DiffusionFacts(BaseModel):
-    """`GET /v1/model`: what the loaded checkpoint takes."""
+class DiffusionFacts(NodeFacts):
+    """`GET /v1/model` of the diffusion service: what the loaded checkpoint takes."""
 
-    device: str = Field(examples=["cuda"])
-    dtype: str = Field(examples=["bfloat16"])
     text_width: int = Field(description="Length of a hidden state that the DiT reads.", examples=[2560])
     text_limit: int = Field(description="Tokens of text that the DiT reads; longer ones are fitted.", examples=[1504])
     max_pixels: int = Field(examples=[4_200_000])

@@ -5,7 +5,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Discriminator, Field, Tag
 
 from shared.schemas.fields import HiddenLayer, Name, RequestModel, Text
+from shared.schemas.node import NodeFacts
 
+FINGERPRINT = "fingerprint"
+"""The metadata entry of an answer in safetensors that tells which model it comes from."""
 MAX_INPUTS = 64
 MAX_INPUT_CHARS = 4 * 32_000 + 1_000  # the four parts of a prompt and the marks between them
 
@@ -74,6 +77,13 @@ class Tokens(BaseModel):
 
     tokens: list[list[int]] = Field(examples=[[[32, 8251, 21220]]])
     counts: list[int] = Field(examples=[[3]])
+
+
+class EncoderFacts(NodeFacts):
+    """`GET /v1/model` of the encoder. Equal fingerprints mean equal hidden states."""
+
+    width: int = Field(description="Length of a hidden state.", examples=[2560])
+    layers: int = Field(examples=[36])
 
 
 class ModelInfo(BaseModel):

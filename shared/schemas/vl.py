@@ -21,6 +21,7 @@ from shared.schemas.fields import (
     VlLayer,
     at_most_one,
 )
+from shared.schemas.node import NodeFacts
 from shared.schemas.public import GenerateRequest
 from shared.schemas.rewriter import RewriteOptions
 
@@ -66,19 +67,15 @@ class DescribeParameters(RewriteOptions):
     system_prompt: Prompt | None = None
 
 
-class VlFacts(BaseModel):
-    """`GET /v1/model`: what the vl service works with. Equal fingerprints mean equal hidden states."""
+class VlFacts(NodeFacts):
+    """`GET /v1/model` of the vl service. Equal fingerprints mean equal hidden states."""
 
-    name: str = Field(examples=["Qwen3-VL-4B-Instruct"])
     model_path: str = Field(examples=["/models/Qwen3-VL-4B-Instruct"])
-    device: str = Field(examples=["cpu"])
-    dtype: str = Field(examples=["bfloat16"])
     width: int = Field(description="Length of a hidden state.", examples=[2560])
     layers: int = Field(examples=[36])
     target_std: float = Field(description="What hidden states are scaled to.", examples=[58.75])
     auto_unload: bool
     loaded: bool = Field(description="Whether the weights are in memory now.")
-    fingerprint: str = Field(examples=["9f86d081884c7d65"])
 
 
 class ExtractOptions(RequestModel):

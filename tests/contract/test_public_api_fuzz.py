@@ -19,15 +19,18 @@ import structlog
 from embedded_redis import embedded_redis
 from fastapi import FastAPI
 from generated_requests import WORKING, bodies, generated, targets
-from inprocess import served, until
+from inprocess import node_of, served, until
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from services.gateway.app import create_app
-from services.gateway.clients import DiffusionClient, EncoderClient
+from services.gateway.clients import EncoderClient
+from services.gateway.commissions import DiffusionClient
 from services.gateway.embeddings import EmbeddingCache
-from services.gateway.references import VlClient
+from services.gateway.members import Probe
+from services.gateway.nodes import Nodes
+from services.gateway.references import VlClient, ask_vl_facts
 from services.gateway.rewriting import RewriterClient
 from services.gateway.settings import GatewaySettings
 from services.gateway.store import Bounds, History
@@ -52,6 +55,8 @@ REWRITTEN = Rewritten(
 
 
 VISION = VlFacts(
+    service="vl",
+    version="0",
     name="vl",
     model_path="/vl",
     device="cpu",
@@ -72,7 +77,6 @@ ANSWERS: dict[str, str | bytes] = {
     "/v1/loras": LoraList(loras=[]).model_dump_json(),
     "/v1/rewrite": REWRITTEN.model_dump_json(),
     "/v1/describe": REWRITTEN.model_dump_json(),
-    "/v1/model": VISION.model_dump_json(),
     "/v1/extract": build_header([TensorMeta("vl", "F32", (2, 4))], {"extracted": EXTRACTED}) + bytes(32),
 }
 """Answers that are the same whatever is asked."""
@@ -82,11 +86,11 @@ async def answer_of(request: Request) -> Response:
     """What a service answers: two tokens for every text, the head of a PNG, an orange cat."""
     body = await request.body()
     match request.method, request.url.path:
-        case "GET", "/health/ready":
-            return Response()
         case "POST", "/v1/hidden_states":
             metas = [TensorMeta(f"hidden_states.{n}", "F32", (2, 4)) for n in range(len(json.loads(body)["input"]))]
             return Response(build_header(metas) + bytes(32 * len(metas)))
+        case "GET", "/v1/model":
+            return Response(VISION.model_copy(update={"service": request.url.hostname}).model_dump_json())
         case _, path if path in ANSWERS:
             return Response(ANSWERS[path])
         case "DELETE", path if path == f"/v1/generate/{RUNNING}":
@@ -99,9 +103,10 @@ async def stand_in(scope: Scope, receive: Receive, send: Send) -> None:
     await (await answer_of(Request(scope, receive)))(scope, receive, send)
 
 
-def service(name: str) -> ServiceClient:
-    """A client of the stand-in."""
-    return ServiceClient(name, f"http://{name}", max_reply_bytes=1 << 20, transport=httpx2.ASGITransport(stand_in))
+def nodes(name: str, probe: Probe | None = None) -> Nodes:
+    """The stand-in as the only node."""
+    transport = httpx2.ASGITransport(stand_in)
+    return node_of(ServiceClient(name, f"http://{name}", max_reply_bytes=1 << 20, transport=transport), probe=probe)
 
 
 @pytest.fixture(scope="module")
@@ -116,10 +121,10 @@ def app(tmp_path: Path, redis_url: str) -> FastAPI:
     """The gateway in front of the stand-ins."""
     return create_app(
         GatewaySettings(data_dir=tmp_path, redis_url=redis_url),
-        encoder=EncoderClient(service("encoder")),
-        diffusion=DiffusionClient(service("diffusion")),
-        rewriter=RewriterClient(service("rewriter")),
-        vl=VlClient(service("vl")),
+        encoder=EncoderClient(nodes("encoder")),
+        diffusion=DiffusionClient(nodes("diffusion")),
+        rewriter=RewriterClient(nodes("rewriter")),
+        vl=VlClient(nodes("vl", ask_vl_facts)),
     )
 
 

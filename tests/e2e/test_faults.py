@@ -1,6 +1,7 @@
 """Processes that die, hang or are stopped, and a queue that is full."""
 
 import signal
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,11 @@ def server(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     bounds = {"ZIMAGE_DIFFUSION_MAX_RUNNING": "1", "ZIMAGE_DIFFUSION_MAX_WAITING": "1", "ZIMAGE_ENCODE_TIMEOUT_S": "2"}
     with serve(tiny_checkpoint, data_dir, **bounds) as started:
         yield started
+
+
+def new_prompt() -> dict[str, str]:
+    """A prompt that nobody encoded before: what is kept needs no encoder."""
+    return {"prompt": f"A cat {uuid.uuid4().hex}"}
 
 
 def health(client: httpx2.Client) -> Any:
@@ -64,7 +70,7 @@ def test_an_encoder_that_hangs(server: Running, client: httpx2.Client) -> None:
     assert encoder is not None
     encoder.suspend()
     try:
-        late = client.post("/api/encode", json={"prompt": "A cat"})
+        late = client.post("/api/encode", json=new_prompt())
         assert late.status_code == 504
         assert late.json()["code"] == "upstream_timeout"
         told = wait_until(lambda: (got := health(client))["status"] == "degraded" and got, "/health is degraded")
@@ -76,7 +82,7 @@ def test_an_encoder_that_hangs(server: Running, client: httpx2.Client) -> None:
     finally:
         encoder.resume()
     wait_until(lambda: health(client)["status"] == "healthy", "/health is healthy again")
-    assert client.post("/api/encode", json={"prompt": "A cat"}).status_code == 200
+    assert client.post("/api/encode", json=new_prompt()).status_code == 200
 
 
 def test_an_encoder_that_is_killed_is_started_again(server: Running, client: httpx2.Client) -> None:
@@ -85,7 +91,7 @@ def test_an_encoder_that_is_killed_is_started_again(server: Running, client: htt
     before.kill()
 
     def works() -> bool:
-        answer = client.post("/api/encode", json={"prompt": "A cat"})
+        answer = client.post("/api/encode", json=new_prompt())
         assert answer.status_code in (200, 503, 504), answer.text
         return answer.status_code == 200
 

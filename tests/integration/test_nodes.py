@@ -22,7 +22,7 @@ def gateway(data_dir: Path, **settings: str) -> Iterator[Running]:
 
 
 def test_a_picture_over_three_processes(nodes: dict[str, Running], tmp_path: Path) -> None:
-    urls = {f"ZIMAGE_{kind.upper()}_URL": node.url for kind, node in nodes.items()}
+    urls = {f"ZIMAGE_{kind.upper()}_URLS": node.url for kind, node in nodes.items()}
     with gateway(tmp_path, **urls) as started, started.client() as client:
         answer = client.post("/api/generate", json=picture(width=96))
         assert answer.status_code == 200, answer.text
@@ -31,12 +31,12 @@ def test_a_picture_over_three_processes(nodes: dict[str, Running], tmp_path: Pat
         assert {kind: services[kind]["url"].rstrip("/") for kind in nodes} == {k: n.url for k, n in nodes.items()}
     with_api = {"ZIMAGE_USE_API_ENCODER": "true", "ZIMAGE_API_URL": nodes["encoder"].url}
     diffusion_url = nodes["diffusion"].url
-    with gateway(tmp_path, ZIMAGE_DIFFUSION_URL=diffusion_url, **with_api) as started, started.client() as client:
+    with gateway(tmp_path, ZIMAGE_DIFFUSION_URLS=diffusion_url, **with_api) as started, started.client() as client:
         assert client.post("/api/generate", json=picture(width=96)).content == answer.content
 
 
 def test_an_encoder_alone(nodes: dict[str, Running], tmp_path: Path) -> None:
-    settings = {"ZIMAGE_ENCODER_ONLY": "true", "ZIMAGE_ENCODER_URL": nodes["encoder"].url}
+    settings = {"ZIMAGE_ENCODER_ONLY": "true", "ZIMAGE_ENCODER_URLS": nodes["encoder"].url}
     with gateway(tmp_path, **settings) as started, started.client() as client:
         health = client.get("/health").json()
         assert (health["status"], health["encoder_only_mode"], health["pipeline_loaded"]) == ("healthy", True, False)
@@ -45,7 +45,7 @@ def test_an_encoder_alone(nodes: dict[str, Running], tmp_path: Path) -> None:
 
 
 def test_nodes_that_are_not_there(tmp_path: Path) -> None:
-    urls = {name: f"http://127.0.0.1:{free_port()}" for name in ("ZIMAGE_ENCODER_URL", "ZIMAGE_DIFFUSION_URL")}
+    urls = {name: f"http://127.0.0.1:{free_port()}" for name in ("ZIMAGE_ENCODER_URLS", "ZIMAGE_DIFFUSION_URLS")}
     port = free_port()
     command = [sys.executable, "-m", "services.gateway"]
     with running(command, port, tmp_path, ZIMAGE_PORT=str(port), **urls) as started:

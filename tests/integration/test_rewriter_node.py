@@ -34,8 +34,8 @@ def gateway(data_dir: Path, rewriter: Running, encoder: Running) -> Iterator[Run
     settings = {
         "ZIMAGE_PORT": str(port),
         "ZIMAGE_ENCODER_ONLY": "true",
-        "ZIMAGE_ENCODER_URL": encoder.url,
-        "ZIMAGE_REWRITER_URL": rewriter.url,
+        "ZIMAGE_ENCODER_URLS": encoder.url,
+        "ZIMAGE_REWRITER_URLS": rewriter.url,
     }
     with running([sys.executable, "-m", "services.gateway"], port, data_dir, **settings) as started:
         started.wait_ready()
@@ -80,7 +80,7 @@ def rewriting(
         case "local":
             flags, settings = ("--model-path", tiny_checkpoint, "--device", "cpu"), {}
         case "encoder":
-            settings = {"ZIMAGE_REWRITER_BACKEND": "encoder", "ZIMAGE_ENCODER_URL": encoder.url}
+            settings = {"ZIMAGE_REWRITER_BACKEND": "encoder", "ZIMAGE_ENCODER_URLS": encoder.url}
         case "api":
             settings = {"ZIMAGE_REWRITER_USE_API": "true", "ZIMAGE_REWRITER_API_URL": f"{encoder.url}/v1"}
         case _:

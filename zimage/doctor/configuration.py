@@ -12,7 +12,17 @@ from services.vl.settings import VlSettings
 from shared.settings import CONFIG_FILE, DEFAULT_PROFILE, PROFILE, InvalidSettings, ServiceSettings
 from zimage.doctor.row import Row, missing, ok
 from zimage.flags import check_configuration
-from zimage.plan import DIFFUSION, ENCODER, GATEWAY, REWRITER, VL, CannotStart, rewriter_back_end
+from zimage.plan import (
+    DIFFUSION,
+    ENCODER,
+    GATEWAY,
+    REWRITER,
+    VL,
+    CannotStart,
+    rewriter_back_end,
+    runs_diffusion,
+    runs_encoder,
+)
 
 WHAT = "configuration"
 S = TypeVar("S", bound=ServiceSettings)
@@ -31,12 +41,12 @@ class Configuration:
     @property
     def runs_encoder(self) -> bool:
         """Whether the encoder runs on this machine."""
-        return not self.gateway.use_api_encoder
+        return runs_encoder(self.gateway)
 
     @property
     def runs_diffusion(self) -> bool:
         """Whether the diffusion service runs on this machine."""
-        return not self.gateway.encoder_only
+        return runs_diffusion(self.gateway)
 
     @property
     def loads_second_encoder(self) -> bool:

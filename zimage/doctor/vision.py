@@ -21,8 +21,8 @@ WHAT, TODO = "vision model", "name a whole Qwen3-VL directory with --vl-model-pa
 def vision_rows(configuration: Configuration, tensors: ModuleType | None) -> Iterator[Row]:
     """The findings; `tensors` is the module `shared.tensors`, None where torch cannot be imported."""
     folder = configuration.vl.vl_model_folder
-    if configuration.gateway.vl_url is not None:
-        yield note(WHAT, f"none is needed: the vl service runs at {configuration.gateway.vl_url}")
+    if urls := configuration.gateway.vl_urls:
+        yield note(WHAT, f"none is needed: the vl service runs at {', '.join(map(str, urls))}")
         return
     if folder is None or not runs_vl(configuration.gateway):
         yield note(WHAT, "none: pictures take no reference pictures", "name a Qwen3-VL directory with --vl-model-path")

@@ -1,9 +1,10 @@
-"""`GET /health`, in the form of the public API, from what the watch remembers."""
+"""`GET /health`, in the form of the public API, and `GET /api/nodes`, from what the watch remembers."""
 
 from fastapi import APIRouter
 
+from services.gateway.routes.refusals import LIST
 from services.gateway.state import Services
-from shared.schemas.public import HealthAnswer, ServiceHealth
+from shared.schemas.public import HealthAnswer, NodesAnswer, ServiceHealth
 
 router = APIRouter(tags=["health"])
 
@@ -23,3 +24,9 @@ async def health(services: Services) -> HealthAnswer:
         encoder_only_mode="diffusion" not in services.health,
         services={**absent, **services.health},
     )
+
+
+@router.get("/api/nodes", summary="The nodes of every service", responses=LIST)
+async def nodes(services: Services) -> NodesAnswer:
+    """Which nodes there are, what each is, what it has to do, and what was the matter with it last."""
+    return NodesAnswer(nodes=services.nodes)

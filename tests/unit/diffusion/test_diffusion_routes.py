@@ -6,6 +6,7 @@ import io
 import json
 import re
 from collections.abc import AsyncIterator, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -299,8 +300,14 @@ async def test_a_picture_that_breaks(client: httpx2.AsyncClient, model: WatchedM
     assert (await client.get("/health/ready")).status_code == 200
 
 
-async def test_model(client: httpx2.AsyncClient) -> None:
+async def test_model(client: httpx2.AsyncClient, zimage_model: ZImageModel) -> None:
+    facts = zimage_model.facts
+    assert len(facts.fingerprint) == 16
     assert (await client.get("/v1/model")).json() == {
+        "service": "diffusion",
+        "version": version("zimage-server"),
+        "name": facts.name,
+        "fingerprint": facts.fingerprint,
         "device": "cpu",
         "dtype": "float32",
         "text_width": 64,

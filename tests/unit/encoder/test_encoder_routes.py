@@ -2,7 +2,9 @@
 
 import base64
 import json
+import re
 from collections.abc import AsyncIterator, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +85,9 @@ async def test_tensors(client: httpx2.AsyncClient, text_encoder: TextEncoder, te
     texts = [text] if isinstance(text, str) else text
     assert answer.headers["content-type"] == MEDIA_TYPE
     assert int(answer.headers["content-length"]) == len(answer.content)
-    assert parse_header(answer.content).metadata == {"model": text_encoder.facts.name, "layer": "-2"}
+    facts = text_encoder.facts
+    told = {"model": facts.name, "layer": "-2", "fingerprint": facts.fingerprint}
+    assert parse_header(answer.content).metadata == told
     tensors = safetensors.torch.load(answer.content)
     assert set(tensors) == {f"hidden_states.{index}" for index in range(len(texts))}
     for index, item in enumerate(texts):
@@ -123,6 +127,14 @@ async def test_tokenize(client: httpx2.AsyncClient, text_encoder: TextEncoder) -
     assert body["tokens"] == text_encoder.tokenize(texts)
     assert body["counts"] == [len(ids) for ids in body["tokens"]]
     assert (await client.post("/v1/tokenize", json={"input": "A cat"})).json()["counts"] == [body["counts"][1]]
+
+
+async def test_what_the_node_is(client: httpx2.AsyncClient, text_encoder: TextEncoder) -> None:
+    body = (await client.get("/v1/model")).json()
+    facts = text_encoder.facts
+    assert (body["service"], body["name"], body["fingerprint"]) == ("encoder", facts.name, facts.fingerprint)
+    assert re.fullmatch("[0-9a-f]{16}", body["fingerprint"])
+    assert (body["version"], body["device"], body["dtype"]) == (version("zimage-server"), "cpu", "float32")
 
 
 async def test_models(client: httpx2.AsyncClient, text_encoder: TextEncoder) -> None:

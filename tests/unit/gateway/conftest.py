@@ -11,7 +11,7 @@ import httpx2
 import pytest
 import structlog
 from fakes import WatchedModel
-from inprocess import client_of, started
+from inprocess import client_of, node_of, started
 
 from services.diffusion import app as diffusion_app
 from services.diffusion.model import ZImageModel
@@ -20,11 +20,13 @@ from services.encoder import app as encoder_app
 from services.encoder.model import TextEncoder
 from services.encoder.settings import EncoderSettings
 from services.gateway import app as gateway_app
-from services.gateway.clients import DiffusionClient, EncoderClient
+from services.gateway.clients import EncoderClient
+from services.gateway.commissions import DiffusionClient
 from services.gateway.references import VlClient
 from services.gateway.rewriting import RewriterClient
 from services.gateway.settings import GatewaySettings
 from shared.client import ServiceClient
+from shared.schemas.node import MODEL_PATH
 
 SMALL = {"width": 64, "height": 64, "steps": 2}
 
@@ -40,7 +42,7 @@ class Whole(httpx2.AsyncByteStream):
 
 
 class Recorder(httpx2.AsyncBaseTransport):
-    """Passes calls on and keeps those to `/v1/...` with their answers; `instead` answers in the service's place."""
+    """Passes calls on and keeps those to `/v1/...` but probes; `instead` answers them in the service's place."""
 
     def __init__(self, inner: httpx2.AsyncBaseTransport) -> None:
         self.inner = inner
@@ -49,7 +51,7 @@ class Recorder(httpx2.AsyncBaseTransport):
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         """One call."""
-        if not request.url.path.startswith("/v1/"):
+        if request.url.path == MODEL_PATH or not request.url.path.startswith("/v1/"):
             return await self.inner.handle_async_request(request)
         await request.aread()
         if self.instead is not None and (answer := self.instead(request)) is not None:
@@ -98,8 +100,8 @@ def start_gateway(text_encoder: TextEncoder, zimage_model: ZImageModel, tmp_path
             app = await asyncio.to_thread(
                 gateway_app.create_app,
                 GatewaySettings(**{"data_dir": tmp_path, **settings}),
-                encoder=EncoderClient(services[0]),
-                diffusion=None if settings.get("encoder_only") else DiffusionClient(services[1]),
+                encoder=EncoderClient(node_of(services[0])),
+                diffusion=None if settings.get("encoder_only") else DiffusionClient(node_of(services[1])),
                 rewriter=rewriter,
                 vl=vl,
             )

@@ -10,18 +10,13 @@ import httpx2
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from inprocess import node_of
 
-from services.gateway.clients import (
-    ApiEncoderClient,
-    Commission,
-    DiffusionClient,
-    Embeddings,
-    EncoderClient,
-    Encoding,
-    probe,
-)
+from services.gateway.clients import ApiEncoderClient, Embeddings, EncoderClient, Encoding, ask_foreign_facts
+from services.gateway.commissions import Commission, DiffusionClient
+from services.gateway.nodes import Nodes
 from shared.client import ServiceClient
-from shared.errors import BadUpstream, OutOfMemory, ServiceError, Unreachable
+from shared.errors import BadUpstream, OutOfMemory, ServiceError
 from shared.schemas.diffusion import DiffusionParameters
 from shared.schemas.fields import LongPromptMode
 from shared.wire import TensorMeta, build_header, parse_header
@@ -41,17 +36,19 @@ class Body(httpx2.AsyncByteStream):
         yield self.content
 
 
-def service(answer: Answer, told: dict[str, str] | None = None) -> ServiceClient:
+def service(answer: Answer, told: dict[str, str] | None = None) -> Nodes:
     def handle(request: httpx2.Request) -> httpx2.Response:
         status, content = answer(request)
         return httpx2.Response(status, headers=told, stream=Body(content))
 
     transport = httpx2.MockTransport(handle)
     headers = {"authorization": "Bearer key"}
-    return ServiceClient("encoder", "http://encoder", max_reply_bytes=1 << 20, headers=headers, transport=transport)
+    return node_of(
+        ServiceClient("encoder", "http://encoder", max_reply_bytes=1 << 20, headers=headers, transport=transport)
+    )
 
 
-def always(content: bytes, status: int = 200) -> ServiceClient:
+def always(content: bytes, status: int = 200) -> Nodes:
     return service(lambda _: (status, content))
 
 
@@ -264,24 +261,9 @@ async def test_events_that_end_it(name: bytes, data: bytes, error: type[ServiceE
         _ = [item async for item in client.follow(Commission(PARAMETERS, text, None), timeout_s=5)]
 
 
-async def test_probes() -> None:
-    def unreachable(_: httpx2.Request) -> tuple[int, bytes]:
-        raise httpx2.ConnectError("refused")
-
-    assert await probe(always(b"{}")) is None
-    assert isinstance(await probe(always(b"", 500)), BadUpstream)
-    assert isinstance(await probe(service(unreachable)), Unreachable)
-    paths: list[str] = []
-
-    def remember(request: httpx2.Request) -> tuple[int, bytes]:
-        paths.append(request.url.path)
-        return 200, b"{}"
-
-    for client in (
-        EncoderClient(service(remember)),
-        DiffusionClient(service(remember)),
-        ApiEncoderClient(service(remember), None),
-    ):
-        answer: ServiceError | None = await client.probe()
-        assert answer is None
-    assert paths == ["/health/ready", "/health/ready", "/v1/models"]
+async def test_any_server_that_lists_models_may_be_an_api_encoder() -> None:
+    (node, _), *_ = always(b"not even JSON").all
+    assert (await ask_foreign_facts(node.service)).fingerprint == ""
+    (node, _), *_ = always(b"", 500).all
+    with pytest.raises(BadUpstream):
+        await ask_foreign_facts(node.service)

@@ -20,7 +20,7 @@ from safetensors.torch import load as load_tensors
 from services.diffusion.model import ZImageModel
 from services.encoder.model import TextEncoder
 from shared.chat import UNCONDITIONAL, Conversation, format_prompt
-from shared.errors import BY_CODE, QueueFull, ServiceError, Unready
+from shared.errors import BY_CODE, QueueFull, ServiceError, Unauthorized, Unready
 from shared.problems import MEDIA_TYPE as PROBLEM
 from shared.problems import problem_response
 from shared.wire import parse_header
@@ -335,7 +335,9 @@ def refuse_with(error: ServiceError) -> Callable[[httpx2.Request], httpx2.Respon
 
 
 @pytest.mark.parametrize("service", ["encoder", "diffusion"])
-@pytest.mark.parametrize("kind", BY_CODE.values(), ids=lambda kind: kind.code)
+@pytest.mark.parametrize(
+    "kind", [kind for kind in BY_CODE.values() if kind is not Unauthorized], ids=lambda kind: kind.code
+)
 async def test_a_services_refusal_is_the_gateways(start_gateway: Start, kind: type[ServiceError], service: str) -> None:
     with structlog.testing.capture_logs():
         async with start_gateway(resend_timeout_s=0) as gateway:
@@ -344,6 +346,13 @@ async def test_a_services_refusal_is_the_gateways(start_gateway: Start, kind: ty
             assert "A sentence of the service." in problem["detail"]
             getattr(gateway, service).instead = None
             assert (await gateway.generate()).status_code == 200
+
+
+@pytest.mark.parametrize("service", ["encoder", "diffusion"])
+async def test_a_service_with_another_token_is_not_the_clients_affair(gateway: Any, service: str) -> None:
+    getattr(gateway, service).instead = refuse_with(Unauthorized("A sentence of the service."))
+    problem = check_problem(await gateway.generate(), 502, "bad_upstream")
+    assert problem["detail"] == f"The {service} service does not accept this one's token."
 
 
 async def test_a_full_queue_says_when_to_try_again(gateway: Any) -> None:

@@ -301,7 +301,7 @@ def refusing(error: ServiceError, times: int) -> Callable[[httpx2.Request], http
 
 
 class TestAServiceThatStartsAnew:
-    """Pictures that had not been begun are sent again, those that had been are lost."""
+    """Pictures are sent again: those that had not been begun until time is up, those that had been twice."""
 
     @pytest.mark.parametrize("headers", [{}, EVENTS])
     async def test_what_was_not_begun_is_sent_again(self, gateway: Any, headers: dict[str, str]) -> None:
@@ -316,8 +316,21 @@ class TestAServiceThatStartsAnew:
             gateway.diffusion.instead = refusing(NotBegun("The device failed."), 10_000)
             check_problem(await generate(gateway), 503, "not_begun")
 
-    async def test_what_was_begun_is_lost(self, gateway: Any) -> None:
-        gateway.diffusion.instead = refusing(DeviceFailed("The device failed.", retry_after_s=5), 1)
+    @pytest.mark.parametrize("headers", [{}, EVENTS])
+    async def test_what_was_begun_is_begun_again(self, gateway: Any, headers: dict[str, str]) -> None:
+        undisturbed = await generate(gateway, seed=5)
+        gateway.diffusion.instead = refusing(DeviceFailed("The device failed."), 2)
+        answer = await generate(gateway, headers, seed=5)
+        assert answer.status_code == 200
+        if headers:
+            names = [name for name, _ in events_of(answer)]
+            assert (names[0], names[-1]) == ("queued", "done")
+        else:
+            assert answer.headers["x-seed"] == undisturbed.headers["x-seed"]
+            assert np.array_equal(pixels_of(answer.content), pixels_of(undisturbed.content))
+
+    async def test_but_not_what_ends_one_service_after_the_other(self, gateway: Any) -> None:
+        gateway.diffusion.instead = refusing(DeviceFailed("The device failed.", retry_after_s=5), 3)
         answer = await generate(gateway)
         check_problem(answer, 503, "device_failed")
         assert answer.headers["retry-after"] == "5"

@@ -206,7 +206,8 @@ async def test_health(gateway: Any) -> None:
     assert health["status"] == "healthy"
     assert health["pipeline_loaded"] is health["encoder_loaded"] is True
     assert health["encoder_only_mode"] is False
-    assert health["services"]["encoder"] == {"status": "ready", "url": "http://encoder", "reason": None}
+    ready = {"status": "ready", "url": "http://encoder", "reason": None, "nodes": 1, "ready_nodes": 1}
+    assert health["services"]["encoder"] == ready
     assert health["services"]["vl"]["status"] == "not_configured"
 
 
@@ -217,7 +218,7 @@ def raise_connect_error(_: httpx2.Request) -> httpx2.Response:
 async def test_health_notices_a_service_that_goes_and_one_that_comes_back(
     gateway: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.gateway.watch.INTERVAL_S", 0.01)
+    monkeypatch.setattr("services.gateway.node.INTERVAL_S", 0.01)
     inner = gateway.diffusion.inner
     gateway.diffusion.inner = httpx2.MockTransport(raise_connect_error)
     await until(gateway.client, "/health", lambda answer: answer.json()["status"] == "degraded")

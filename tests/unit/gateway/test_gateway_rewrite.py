@@ -11,7 +11,7 @@ from urllib.parse import unquote
 import httpx2
 import pytest
 import structlog
-from inprocess import started, until
+from inprocess import node_of, started, until
 from language import load_language_model
 
 from services.gateway.app import MAX_BODY_WITH_PICTURES_BYTES
@@ -74,7 +74,7 @@ def start(start_gateway: Start, language: LanguageModel) -> Start:
         async with started(app) as writing:
             transport = Instead(httpx2.ASGITransport(writing))
             service = ServiceClient("rewriter", "http://rewriter", max_reply_bytes=1 << 20, transport=transport)
-            async with start_gateway(rewriter=RewriterClient(service), **settings) as gateway:
+            async with start_gateway(rewriter=RewriterClient(node_of(service)), **settings) as gateway:
                 yield gateway, transport
         language.batch.clear()
 
@@ -266,7 +266,7 @@ def refuse_connection(_: httpx2.Request) -> httpx2.Response:
 async def test_a_rewriter_that_goes_away_leaves_the_gateway_ready(
     client: httpx2.AsyncClient, rewriter: Instead, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.gateway.watch.INTERVAL_S", 0.01)
+    monkeypatch.setattr("services.gateway.node.INTERVAL_S", 0.01)
     await until(client, "/health", lambda answer: answer.json()["status"] == "healthy")
     inner, rewriter.inner = rewriter.inner, httpx2.MockTransport(refuse_connection)
     await until(client, "/health", lambda answer: answer.json()["status"] == "degraded")

@@ -10,10 +10,10 @@ import httpx2
 import pytest
 from conftest import Gateway, Recorder, Start, Whole
 from fastapi import FastAPI
-from inprocess import eventually, started, until
+from inprocess import eventually, node_of, started, until
 from pictures import encoded
 
-from services.gateway.references import VlClient, id_of
+from services.gateway.references import VlClient, ask_vl_facts, id_of
 from services.gateway.vision import NO_CACHE
 from services.vl import app as vl_app
 from services.vl.model import VisionModel
@@ -38,7 +38,7 @@ async def seeing(start_gateway: Start, vl: FastAPI) -> AsyncIterator[tuple[Gatew
     async with started(vl) as app:
         recorder = Recorder(httpx2.ASGITransport(app))
         service = ServiceClient("vl", "http://vl", max_reply_bytes=64 << 20, transport=recorder)
-        async with start_gateway(vl=VlClient(service)) as gateway:
+        async with start_gateway(vl=VlClient(node_of(service, probe=ask_vl_facts))) as gateway:
             await until(gateway.client, "/api/vl/status", lambda answer: answer.json()["available"])
             yield gateway, recorder
 

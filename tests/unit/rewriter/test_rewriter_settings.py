@@ -51,7 +51,7 @@ def test_the_key_of_one_server_goes_to_no_other(fields: dict[str, Any], url: str
 
 
 def test_the_encoder_gets_no_key() -> None:
-    upstream = settings(rewriter_backend="encoder", encoder_url="http://encoder:1/", api_key="a").upstream
+    upstream = settings(rewriter_backend="encoder", encoder_urls="http://encoder:1/", api_key="a").upstream
     assert upstream == ("http://encoder:1", None)
 
 

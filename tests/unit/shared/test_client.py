@@ -21,6 +21,7 @@ from shared.errors import (
     InvalidField,
     QueueFull,
     ServiceError,
+    Unauthorized,
     UnknownName,
     Unreachable,
     Unready,
@@ -61,14 +62,40 @@ def answer_with(error: ServiceError) -> Answer:
     return lambda _: response(problem.status_code, bytes(problem.body), list(problem.headers.items()))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in BY_CODE.values() if kind is not Unready], ids=lambda kind: kind.code)
+THEIRS = [kind for kind in BY_CODE.values() if kind not in (Unready, Unauthorized)]
+
+
+@pytest.mark.parametrize("kind", THEIRS, ids=lambda kind: kind.code)
 async def test_an_error_of_a_service_is_raised_as_the_same_class(kind: type[ServiceError]) -> None:
     async with client(answer_with(kind("'width' must be at least 16.", retry_after_s=9))) as service:
         with pytest.raises(ServiceError) as raised:
             await service.get("/", timeout_s=5)
     assert type(raised.value) is kind
+    assert raised.value.told
     assert raised.value.detail == "'width' must be at least 16."
     assert raised.value.retry_after_s == 9
+
+
+async def test_a_service_is_reached_at_one_address_of_its_host() -> None:
+    seen = []
+
+    def remember(request: httpx2.Request) -> httpx2.Response:
+        seen.append(request)
+        return httpx2.Response(200, stream=httpx2.ByteStream(b""))
+
+    for url, address, told, host in (
+        ("https://encoders:7861/base", "10.0.0.7", "https://10.0.0.7:7861/base", "encoders:7861"),
+        ("http://user:secret@encoders", "fd00::7", "http://[fd00::7]", "encoders"),
+    ):
+        transport = httpx2.MockTransport(remember)
+        service = ServiceClient("encoder", url, max_reply_bytes=10, transport=transport, address=address)
+        async with service:
+            await service.get("/v1/model", timeout_s=5)
+        assert service.base_url == told
+        request = seen.pop()
+        assert request.url.host == address
+        assert request.headers["host"] == host
+        assert request.extensions["sni_hostname"] == "encoders"
 
 
 async def test_a_service_that_is_not_ready_is_named() -> None:

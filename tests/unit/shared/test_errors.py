@@ -16,6 +16,7 @@ from shared.problems import MEDIA_TYPE, Problem, install_handlers, problem_respo
 
 EXPECTED = {
     "MalformedBody": (400, "malformed_body"),
+    "Unauthorized": (401, "unauthorized"),
     "UnknownName": (404, "not_found"),
     "MethodNotAllowed": (405, "method_not_allowed"),
     "BodyTooLarge": (413, "too_large"),
@@ -257,7 +258,7 @@ def test_an_error_type_without_a_sentence_tells_nothing_of_the_librarys(client: 
         (415, 415, "wrong_content_type"),
         (429, 429, "queue_full"),
         (418, 500, "internal_error"),
-        (401, 500, "internal_error"),
+        (401, 401, "unauthorized"),
     ],
 )
 def test_the_frameworks_errors_become_ours(client: TestClient, status: int, answered: int, code: str) -> None:

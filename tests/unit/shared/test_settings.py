@@ -9,14 +9,13 @@ import pytest
 from services.diffusion.settings import DiffusionSettings
 from services.encoder.settings import EncoderSettings
 from services.gateway.settings import GatewaySettings
+from shared.profiles import flatten, read_profile
 from shared.settings import (
     Device,
     Dtype,
     InvalidSettings,
     ServiceSettings,
-    flatten,
     key_of,
-    read_profile,
     read_settings,
     variable_of,
 )
@@ -135,7 +134,7 @@ def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (GatewaySettings, "ZIMAGE_WIDTH", "1000", "ZIMAGE_WIDTH = '1000': must be a multiple of 16"),
         (GatewaySettings, "ZIMAGE_SHIFT", "0", "--shift (ZIMAGE_SHIFT) = '0'"),
         (GatewaySettings, "ZIMAGE_LONG_PROMPT_MODE", "squeeze", "--long-prompt-mode (ZIMAGE_LONG_PROMPT_MODE)"),
-        (GatewaySettings, "ZIMAGE_ENCODER_URL", "ftp://host", "ZIMAGE_ENCODER_URL"),
+        (GatewaySettings, "ZIMAGE_ENCODER_URLS", "ftp://host", "--encoder-urls (ZIMAGE_ENCODER_URLS)"),
         (EncoderSettings, "ZIMAGE_TEXT_ENCODER_DEVICE", "gpu", "--text-encoder-device (ZIMAGE_TEXT_ENCODER_DEVICE)"),
         (DiffusionSettings, "ZIMAGE_DIFFUSION_MAX_WAITING", "0", "ZIMAGE_DIFFUSION_MAX_WAITING = '0'"),
         (DiffusionSettings, "ZIMAGE_LOG_FORMAT", "xml", "ZIMAGE_LOG_FORMAT = 'xml'"),

@@ -39,7 +39,7 @@ def test_a_whole_model(tiny_checkpoint: Path, folder: Path, settings: pytest.Mon
 def test_none_is_needed(tiny_checkpoint: Path, settings: pytest.MonkeyPatch) -> None:
     (row,) = rows(settings, tiny_checkpoint, None)
     assert (row.state, "--vl-model-path" in row.todo) == (State.NOTE, True)
-    (row,) = rows(settings, tiny_checkpoint, None, vl_url="http://127.0.0.1:7")
+    (row,) = rows(settings, tiny_checkpoint, None, vl_urls="http://127.0.0.1:7")
     assert (row.state, "127.0.0.1:7" in row.detail) == (State.NOTE, True)
 
 

@@ -147,7 +147,7 @@ def test_a_refusal_is_one_sentence(hub: Hub, tmp_path: Path, name: str) -> None:
 
 
 def test_a_token_opens_a_gated_model(hub: Hub, wanted: dict[str, bytes], tmp_path: Path) -> None:
-    hub.token = "hf_secret"  # noqa: S105 - of this test
+    hub.token = "hf_secret"
     refused(download(hub.url, tmp_path, HF_TOKEN="hf_wrong"), "is gated", "HF_TOKEN")  # noqa: S106 - of this test
     assert files_of(downloaded(download(hub.url, tmp_path, HF_TOKEN=hub.token))) == wanted
 

@@ -23,8 +23,8 @@ API: dict[str, Any] = {"use_api_encoder": True, "api_url": "http://mac:8080"}
         ({}, {"rewriter_backend": "local"}, BackEndKind.LOCAL),
         ({}, {"rewriter_backend": "encoder"}, BackEndKind.ENCODER),
         ({}, {"rewriter_use_api": True, "rewriter_api_url": "http://llm:1"}, BackEndKind.API),
-        ({"rewriter_url": "http://other:7862"}, {}, None),
-        ({"rewriter_url": "http://other:7862"}, {"rewriter_backend": "local"}, None),
+        ({"rewriter_urls": "http://other:7862"}, {}, None),
+        ({"rewriter_urls": "http://other:7862"}, {"rewriter_backend": "local"}, None),
     ],
 )
 def test_what_writes(gateway: dict[str, Any], rewriter: dict[str, Any], writes: BackEndKind | None) -> None:
@@ -46,8 +46,8 @@ def test_the_process_is_told_what_writes_and_where_the_encoder_is(
     try:
         environment = plans[REWRITER].environment
         assert environment["ZIMAGE_REWRITER_BACKEND"] == told
-        assert environment["ZIMAGE_ENCODER_URL"] == plans["encoder"].url
-        assert plans["gateway"].environment["ZIMAGE_REWRITER_URL"] == plans[REWRITER].url
+        assert environment["ZIMAGE_ENCODER_URLS"] == plans["encoder"].url
+        assert plans["gateway"].environment["ZIMAGE_REWRITER_URLS"] == plans[REWRITER].url
         assert list(plans)[-1] == "gateway"
     finally:
         for plan in plans.values():
