@@ -2,7 +2,8 @@
 
 A setting is written once, as a field: its name makes the environment variable (`ZIMAGE_` and the name in capitals) and
 the flag of the command line, `key` its place in the configuration file, and the default stands beside it. Flags win
-over the environment, that over the file, that over the default; the command line passes flags on as environment.
+over the environment, that over the file, that over the default; the command line passes flags on as environment. An
+empty variable is none.
 """
 
 import os
@@ -86,6 +87,7 @@ class ServiceSettings(BaseSettings):
 
     model_config = SettingsConfigDict(
         env_prefix=ENV_PREFIX,
+        env_ignore_empty=True,  # as compose files set a variable that its user left out
         extra="ignore",
         frozen=True,
         protected_namespaces=(),
@@ -278,7 +280,7 @@ def _is_secret(field: FieldInfo) -> bool:
 def source_of(kind: type[ServiceSettings], name: str) -> str:
     """Where a field's value comes from: the variable (with the flag that may have set it), or the key and the file."""
     variable, field = variable_of(name), kind.model_fields[name]
-    if variable in os.environ:
+    if os.environ.get(variable):
         return f"--{name.replace('_', '-')} ({variable})" if panel_of(field) else variable
     return f"{key_of(field)} in [{os.environ.get(PROFILE, DEFAULT_PROFILE)}] of {os.environ.get(CONFIG_FILE)}"
 

@@ -196,3 +196,13 @@ def test_settings_cannot_be_changed() -> None:
 
 def test_flatten() -> None:
     assert flatten({"a": 1, "b": {"c": 2, "d": {"e": [3]}}, "f": {}}) == {"a": 1, "b.c": 2, "b.d.e": [3]}
+
+
+def test_an_empty_variable_is_none(write: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    write('[default]\nmodel_path = "/models/a"\n[default.diffusion]\nport = 70000')
+    for name in ("ZIMAGE_MODEL_PATH", "ZIMAGE_VL_MODEL_PATH", "ZIMAGE_PORT", "ZIMAGE_DIFFUSION_PORT"):
+        monkeypatch.setenv(name, "")
+    gateway, encoder = read_settings(GatewaySettings), read_settings(EncoderSettings)
+    assert (gateway.port, gateway.vl_model_path, encoder.model_path) == (7860, None, Path("/models/a"))
+    with pytest.raises(InvalidSettings, match=r"diffusion\.port in \[default\]"):
+        read_settings(DiffusionSettings)
