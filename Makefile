@@ -1,7 +1,7 @@
 # Every target runs on one machine with two cores: one thing after another.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help install install-test demo demo-model test test-fast check bench lock clean
+.PHONY: help install install-test demo demo-model test test-fast test-containers check bench lock clean
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
@@ -9,7 +9,7 @@ DEVICE ?= cpu
 BIN := .venv/bin
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: ## make .venv with everything that zimage needs
 	$(PYTHON) scripts/install.py
@@ -32,6 +32,9 @@ test-fast: install-test ## run the quick checks and the quick tests
 	$(BIN)/ruff check
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/pytest -m "not slow" $(PYTEST_ARGS)
+
+test-containers: install-test ## build the images and test them with Docker, in Compose and in a swarm
+	$(BIN)/pytest tests/containers -o timeout=2400 $(PYTEST_ARGS)
 
 check: install-test ## look at style, layers, dependencies and types
 	$(BIN)/ruff check
