@@ -1,4 +1,4 @@
-"""Docker as the tests in this folder use it: its command line, Compose projects, containers. Every call has a deadline."""
+"""Docker as these tests use it: its command line, Compose projects, containers. Every call has a deadline."""
 
 import os
 import subprocess

@@ -48,6 +48,12 @@ def test_the_table_of_flags_is_up_to_date() -> None:
     assert updated(readme) == readme, "run scripts/readme_flags.py"
 
 
+def test_the_stack_file_is_up_to_date() -> None:
+    render = run("scripts/stack_file.py")["render"]
+    assert callable(render)
+    assert (ROOT / "deploy/stack.yaml").read_text(encoding="utf-8") == render(), "run scripts/stack_file.py"
+
+
 def test_the_picture_is_up_to_date() -> None:
     draw = run("docs/images/request_path.py")["draw"]
     assert callable(draw)
