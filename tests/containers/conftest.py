@@ -20,7 +20,7 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def images() -> Iterator[dict[str, str]]:
     """The images of all services, by service; built anew where the tree has changed."""
     docker("compose", "version")
@@ -39,7 +39,7 @@ def models(tiny_checkpoint: Path, tiny_vision_checkpoint: Path, tmp_path_factory
 
 
 @pytest.fixture(scope="session")
-def settings(models: Path) -> dict[str, str]:
+def settings(images: dict[str, str], models: Path) -> dict[str, str]:
     """What every server of these tests is told."""
     return {**SETTINGS, "MODEL_PATH": str(models / "z-image"), "VL_MODEL_PATH": str(models / "qwen3-vl")}
 

@@ -23,8 +23,24 @@ CLIENT_TIMEOUT_S = 120.0
 
 def docker(*arguments: str, timeout_s: float = CALL_S, check: bool = True, **environment: str) -> str:
     """What a docker command prints; fails the test with its words when it fails or takes too long."""
+    done = _run(arguments, timeout_s, environment)
+    if check and done.returncode != 0:
+        pytest.fail(f"docker {' '.join(arguments)}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
+    return done.stdout.strip()
+
+
+def refusal(*arguments: str, **environment: str) -> str:
+    """What a docker command says that must fail."""
+    done = _run(arguments, CALL_S, environment)
+    assert done.returncode != 0, f"docker {' '.join(arguments)} succeeded:\n{done.stdout[-4000:]}"
+    return done.stderr
+
+
+def _run(
+    arguments: Sequence[str], timeout_s: float, environment: Mapping[str, str]
+) -> subprocess.CompletedProcess[str]:
     try:
-        done = subprocess.run(
+        return subprocess.run(
             ["docker", *arguments],  # noqa: S607 - wherever this machine has it
             cwd=ROOT,
             env=_environment(environment),
@@ -36,9 +52,6 @@ def docker(*arguments: str, timeout_s: float = CALL_S, check: bool = True, **env
         )
     except subprocess.TimeoutExpired:
         pytest.fail(f"docker {' '.join(arguments)} took longer than {timeout_s:g} s")
-    if check and done.returncode != 0:
-        pytest.fail(f"docker {' '.join(arguments)}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
-    return done.stdout.strip()
 
 
 def _environment(settings: Mapping[str, str]) -> dict[str, str]:
