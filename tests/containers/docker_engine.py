@@ -110,6 +110,15 @@ class Project:
         """The ids of a service's containers."""
         return self.compose("ps", "--all", "--quiet", service).split()
 
+    def wait_until_healthy(self, service: str) -> None:
+        """Returns once every container of a service is, which after a pause takes a health check's interval."""
+
+        def healthy() -> bool:
+            states = {inspect(container, "{{.State.Health.Status}}") for container in self.containers(service)}
+            return states == {"healthy"}
+
+        wait_until(healthy, f"{service} is healthy", timeout_s=UP_S)
+
     def nodes(self, service: str) -> list[dict[str, Any]]:
         """A back end's nodes as the gateway tells of them."""
         with self.client() as client:

@@ -17,7 +17,7 @@ from docker_engine import UP_S, Project, docker, get_inside, in_the_middle, insp
 from servers import picture, png_size, run, shared_file, wait_until
 
 pytestmark = pytest.mark.slow
-ENCODER_PORT, DIFFUSION_PORT = 7861, 7864
+ENCODER_PORT = 7861
 ENCODED = re.compile(r'^zimage_requests_total\{.*route="/v1/hidden_states".*status="200".*\} (\S+)$', re.MULTILINE)
 PICTURE_DEADLINE_S = 100
 LONG = picture(width=512, height=512, steps=60, seed=11)
@@ -41,6 +41,7 @@ def three_encoders(server: Project) -> Iterator[list[str]]:
         server.wait_for_nodes("encoder", 3)
         yield server.containers("encoder")
     finally:
+        server.wait_until_healthy("encoder")
         server.up("--scale", "encoder=1", "--no-recreate")
         server.wait_for_nodes("encoder", 1)
 
@@ -48,12 +49,9 @@ def three_encoders(server: Project) -> Iterator[list[str]]:
 @contextmanager
 def running_picture(server: Project, body: dict[str, Any]) -> Iterator[Any]:
     """A picture that its only diffusion container has begun; yields the future of its answer."""
-    (diffusion,) = server.containers("diffusion")
     with ThreadPoolExecutor(1) as pool, server.client(timeout_s=PICTURE_DEADLINE_S + 60) as client:
         answer = pool.submit(client.post, "/api/generate", json=body)
-        wait_until(
-            lambda: '"running":[]' not in get_inside(diffusion, DIFFUSION_PORT, "/v1/queue"), "it is being drawn"
-        )
+        wait_until(lambda: any(node["in_flight"] for node in server.nodes("diffusion")), "it is being drawn")
         assert not answer.done(), "the picture was done too soon for this test"
         yield answer
 
@@ -87,8 +85,9 @@ def test_three_encoders_share_the_work(server: Project, client: httpx2.Client, t
         pass
     assert Counter(answer.status_code for answer in answers) == {200: 300}
     shares = [encoded_by(container) - before[container] for container in three_encoders]
-    assert sum(shares) == 300
-    assert all(80 <= share <= 120 for share in shares), shares
+    even = sum(shares) / 3  # a text that one is slow with is given to another one too
+    assert sum(shares) >= 300
+    assert all(abs(share - even) <= 0.2 * even for share in shares), shares
 
 
 def test_a_killed_encoder_is_not_noticed(server: Project, client: httpx2.Client, three_encoders: list[str]) -> None:
@@ -120,6 +119,8 @@ def test_a_picture_outlives_the_only_diffusion_container(server: Project, client
     assert again.status_code == 200, again.text
     assert again.headers["x-seed"] == first.headers["x-seed"]
     assert again.content == first.content
+    (node,) = server.nodes("diffusion")
+    assert node["last_error"]
     server.wait_for_nodes("diffusion", 1)
 
 
