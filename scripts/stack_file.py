@@ -33,7 +33,7 @@ HEAD = """\
 """
 
 SECRET = "zimage_service_token"  # noqa: S105 - its name
-LEFT_OUT = ("build", "depends_on", "env_file", "restart", "security_opt")
+LEFT_OUT = ("build", "depends_on", "env_file", "restart", "security_opt", "tmpfs")
 REPLICAS = {"redis": 1, "gateway": 2, "encoder": 2, "rewriter": 2, "vl": 0, "diffusion": 1}
 ROLES = {"gateway": "cpu", "encoder": "cpu", "rewriter": "cpu", "vl": "cpu", "diffusion": "gpu"}
 PORTS = {"encoder": 7861, "rewriter": 7862, "vl": 7863, "diffusion": 7864}
@@ -79,6 +79,7 @@ class _Plain(yaml.SafeDumper):
 def _service(name: str, service: dict[str, Any]) -> dict[str, Any]:
     made = {key: value for key, value in service.items() if key not in (*LEFT_OUT, "deploy")}
     made["volumes"] = [_volume(item) for item in service["volumes"] if not _is_config(item)]
+    made["volumes"] += [{"type": "tmpfs", "target": target} for target in service["tmpfs"]]  # its short form is ignored
     made["deploy"] = _deploy(name)
     if name == "redis":
         return made
@@ -88,7 +89,7 @@ def _service(name: str, service: dict[str, Any]) -> dict[str, Any]:
     if name == "gateway":
         # A gateway whose services are away still answers; the swarm must not end it for that.
         check = ["CMD", "python", "-m", "shared.healthcheck", "7860", "--started"]
-        made["healthcheck"] = {"test": check, "interval": "5s", "timeout": "5s", "start_period": "1h", "retries": 3}
+        made["healthcheck"] = {"test": check, "interval": "5s", "timeout": "15s", "start_period": "1h", "retries": 3}
         made["ports"] = [{"target": 7860, "published": "${ZIMAGE_PORT:-7860}"}]
     return made
 

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-TIMEOUT_S = 4.0
+TIMEOUT_S = 10.0
 MARK = Path(tempfile.gettempdir()) / "zimage-was-ready"  # gone with the container's /tmp when it starts anew
 
 

@@ -17,7 +17,7 @@ from servers import ROOT, http_client, wait_until
 
 SERVICES = ("gateway", "encoder", "rewriter", "vl", "diffusion")
 TAG = "test"
-BUILD_S, UP_S, CALL_S = 1800.0, 300.0, 120.0
+BUILD_S, UP_S, CALL_S = 1800.0, 600.0, 180.0
 CLIENT_TIMEOUT_S = 120.0
 
 

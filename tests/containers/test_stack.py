@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 NAME, SECRET = "zimage-test-stack", "zimage_service_token"
 REPLICAS = 2
 ON_ONE_MACHINE = {f"{service.upper()}_ROLE": "cpu" for service in SERVICES}
-DEPLOYED_S, UPDATED_S, REMOVED_S = 300.0, 300.0, 120.0
+DEPLOYED_S, UPDATED_S, REMOVED_S = 600.0, 600.0, 180.0
 CLIENTS = 3
 
 
