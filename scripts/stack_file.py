@@ -50,10 +50,9 @@ def main() -> None:
 def render() -> str:
     """The whole file."""
     model = yaml.safe_load(SOURCE.read_text(encoding="utf-8"))
-    overlay = {"driver": "overlay"}
     stack = {
         "services": {name: _service(name, service) for name, service in model["services"].items()},
-        "networks": {name: {**overlay, **(network or {})} for name, network in model["networks"].items()},
+        "networks": {name: _network(network or {}) for name, network in model["networks"].items()},
         "volumes": {name: {} for name in model["volumes"]},
         "configs": {
             "config": {
@@ -74,6 +73,11 @@ class _Plain(yaml.SafeDumper):
 
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:  # noqa: ARG002, FBT001, FBT002
         super().increase_indent(flow, False)
+
+
+def _network(network: dict[str, Any]) -> dict[str, Any]:
+    """One that spans machines. That of the users may be joined by other containers, such as a proxy with TLS."""
+    return {"driver": "overlay", **(network if network.get("internal") else {**network, "attachable": True})}
 
 
 def _service(name: str, service: dict[str, Any]) -> dict[str, Any]:

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Event
 
 import httpx2
 import pytest
-from docker_engine import CLIENT_TIMEOUT_S, SERVICES, docker, inspect
+from docker_engine import CLIENT_TIMEOUT_S, SERVICES, TAG, docker, inspect
 from servers import free_port, http_client, picture, png_size, wait_until
 
 pytestmark = pytest.mark.slow
@@ -24,13 +25,13 @@ CLIENTS = 3
 
 @dataclass(frozen=True)
 class Stack:
-    """A deployed stack; `url` is where its gateways answer."""
+    """A deployed stack; `url` is where the balancer in front of its gateways answers."""
 
     url: str
     settings: Mapping[str, str]
 
     def client(self) -> httpx2.Client:
-        """A client of the gateways; which of them answers is the swarm's affair."""
+        """A client of the gateways; which of them answers is the balancer's affair."""
         return http_client(self.url, timeout_s=CLIENT_TIMEOUT_S)
 
     def deploy(self) -> None:
@@ -90,11 +91,15 @@ def stack(swarm: None, settings: dict[str, str]) -> Iterator[Stack]:
         **{f"{service.upper()}_REPLICAS": str(REPLICAS) for service in SERVICES},
         **dict.fromkeys(("ZIMAGE_TEXT_ENCODER_DEVICE", "ZIMAGE_DIT_DEVICE", "ZIMAGE_VAE_DEVICE"), "cpu"),
         "ZIMAGE_VL_URLS": "http://tasks.vl:7863",
-        "ZIMAGE_PORT": str(port),
+        "ZIMAGE_PORT": str(free_port()),
     }
     deployed = Stack(f"http://127.0.0.1:{port}", told)
     try:
         deployed.deploy()
+        network, published = ("--network", f"{NAME}_front"), ("--publish", f"127.0.0.1:{port}:8000")
+        mounted = ("--volume", f"{Path(__file__).parent / 'balancer.py'}:/balancer.py:ro")
+        image, command = f"zimage-gateway:{TAG}", ("python", "/balancer.py", "tasks.gateway", "7860")
+        docker("run", "--detach", "--name", f"{NAME}-balancer", *network, *published, *mounted, image, *command)
         yield deployed
     finally:
         remove(deployed)
@@ -102,6 +107,7 @@ def stack(swarm: None, settings: dict[str, str]) -> Iterator[Stack]:
 
 def remove(stack: Stack) -> None:
     """Removes the stack and its volumes; does nothing where it is gone."""
+    docker("rm", "--force", f"{NAME}-balancer", check=False)
     docker("stack", "rm", NAME, check=False)
     wait_until(lambda: not stack.containers(), "no container is left", timeout_s=REMOVED_S)
     label = f"label=com.docker.stack.namespace={NAME}"
@@ -123,11 +129,10 @@ def under_load(stack: Stack) -> Iterator[list[httpx2.Response]]:
         index = 0
         while not over.is_set():
             index += 1
-            # A connection for each request, as from many clients: the swarm spreads connections, not requests.
-            with stack.client() as client:
-                body = picture(prompt=f"picture {number}.{index}", seed=index)
-                answers.append(client.post("/api/generate", json=body))
-                answers.append(client.post("/api/encode", json={"prompt": f"text {number}.{index}"}))
+            body = picture(prompt=f"picture {number}.{index}", seed=index)
+            for path, fields in (("/api/generate", body), ("/api/encode", {"prompt": f"text {number}.{index}"})):
+                with stack.client() as client:  # a connection for each request: connections are what is spread
+                    answers.append(client.post(path, json=fields))
 
     with ThreadPoolExecutor(CLIENTS) as pool:
         working = [pool.submit(work, number) for number in range(CLIENTS)]
