@@ -80,8 +80,8 @@ def test_the_api_is_published_to_this_machine_unless_told_otherwise() -> None:
     assert list(published) == ["gateway"]
     (port,) = published["gateway"] or []
     assert (port["host_ip"], port["published"], port["target"]) == ("127.0.0.1", "7860", 7860)
-    (port,) = read(*GPU_FILES, ZIMAGE_HOST="0.0.0.0", ZIMAGE_PORT="80")["gateway"]["ports"]  # noqa: S104
-    assert (port["host_ip"], port["published"], port["target"]) == ("0.0.0.0", "80", 7860)  # noqa: S104
+    (port,) = read(*GPU_FILES, ZIMAGE_HOST="0.0.0.0", ZIMAGE_PORT="80")["gateway"]["ports"]
+    assert (port["host_ip"], port["published"], port["target"]) == ("0.0.0.0", "80", 7860)
 
 
 def test_a_node_elsewhere_asks_for_a_token() -> None:
