@@ -1,7 +1,6 @@
 """One node: a process that serves, as the gateway knows it. Decides nothing about others."""
 
 import asyncio
-from collections import deque
 from contextlib import suppress
 from enum import StrEnum
 
@@ -13,7 +12,7 @@ INTERVAL_S = 1.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 5.0
 PROVEN_AFTER_S = 10.0  # a node that worked for this long after a failure starts again with the first pause
 FORGOTTEN_AFTER_S = 60.0  # the model of a node that is away for longer does not count any more
-LATE_COUNTS_S = 5.0
+LATE_COUNTS_S = 1.0
 
 
 class NodeState(StrEnum):
@@ -40,18 +39,14 @@ class Node:
         self.in_flight = 0
         self.turn = 0  # grows with each request: of equal nodes the one that had none for longest is next
         self._failures = 0
-        self._asked_at = self._failed_at = self._ready_at = -FORGOTTEN_AFTER_S
+        self._asked_at = self._failed_at = self._ready_at = self._late_at = -FORGOTTEN_AFTER_S
         self._at_once = False
-        self._late: deque[float] = deque(maxlen=64)
         self._woken = asyncio.Event()
 
     @property
     def load(self) -> int:
-        """Its requests, and those that it lately was too slow for, as if it had them still."""
-        now = _now()
-        while self._late and self._late[0] < now - LATE_COUNTS_S:
-            self._late.popleft()
-        return self.in_flight + len(self._late)
+        """Its requests, and one more for a while after it was too slow for one, as if it had that still."""
+        return self.in_flight + (_now() < self._late_at + LATE_COUNTS_S)
 
     @property
     def model(self) -> str | None:
@@ -93,7 +88,7 @@ class Node:
 
     def was_late(self) -> None:
         """Another node was quicker with a request that was begun here."""
-        self._late.append(_now())
+        self._late_at = _now()
 
     def judge(self, error: ServiceError) -> None:
         """A request to it ended with an error: does that say something about the node?
