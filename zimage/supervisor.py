@@ -8,6 +8,7 @@ import asyncio
 import json
 import os
 import time
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from types import TracebackType
@@ -26,6 +27,7 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 HEALTHY_AFTER_S = 60.0  # a process that lived this long starts again after the first pause
 STOP_MARGIN_S = 5.0  # beyond what the services give running requests
 POLL_S = 0.1
+KEPT_LINES = 50  # of a service's log, to find why it ended
 
 log = structlog.get_logger(__name__)
 
@@ -100,7 +102,7 @@ class _Service:
         self._logbook = logbook
         self._process: asyncio.subprocess.Process | None = None
         self._stopping = asyncio.Event()
-        self._last_line = ""
+        self._last_lines = deque([""], maxlen=KEPT_LINES)
 
     @property
     def pid(self) -> int | None:
@@ -122,7 +124,7 @@ class _Service:
                 "a service ended and is started again",
                 name=self.plan.name,
                 exit_code=exit_code,
-                last_line=self._last_line,
+                last_line=self._last_lines[-1],
                 pause_s=pause_s,
             )
             await asyncio.sleep(pause_s)
@@ -173,15 +175,17 @@ class _Service:
                 continue
             if not raw:
                 return
-            self._last_line = raw.decode(errors="replace").rstrip()
-            self._logbook.write(self.plan.name, self._last_line)
+            self._last_lines.append(raw.decode(errors="replace").rstrip())
+            self._logbook.write(self.plan.name, self._last_lines[-1])
 
     def _reason(self) -> str:
-        with suppress(ValueError):
-            event = json.loads(self._last_line)
-            if isinstance(event, dict) and isinstance(event.get("reason"), str):
-                return f"the {self.plan.name} service cannot start: {event['reason']}"
-        return f"the {self.plan.name} service cannot start: {self._last_line}"
+        """The newest error with a reason, as requests may still be answered after it; else the last line."""
+        for line in reversed(self._last_lines):
+            with suppress(ValueError):
+                event = json.loads(line)
+                if isinstance(event, dict) and event.get("level") == "error" and isinstance(event.get("reason"), str):
+                    return f"the {self.plan.name} service cannot start: {event['reason']}"
+        return f"the {self.plan.name} service cannot start: {self._last_lines[-1]}"
 
 
 async def _poll(client: httpx2.AsyncClient, url: str) -> None:

@@ -61,6 +61,7 @@ class Vision:
 
     def __init__(self, settings: GatewaySettings, client: VlClient | None, cache: EmbeddingCache | None) -> None:
         self._settings = settings
+        self._model_folder = settings.vl_model_folder  # looked up once: a request is not to wait for a disk
         self._client = client
         self._cache = cache
 
@@ -86,7 +87,7 @@ class Vision:
             with suppress(Unreachable):
                 ids = await self._cache.ids()
         facts = None if self._client is None else self._client.facts
-        path = self._settings.vl_model_folder
+        path = self._model_folder
         return VlStatus(
             available=available,
             configured=self._client is not None,

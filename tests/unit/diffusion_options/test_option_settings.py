@@ -113,10 +113,14 @@ def test_scales_of_the_file_default_to_one(tmp_path: Path) -> None:
     assert [lora.scale for lora in loras] == [1.0, 1.0]
 
 
-@pytest.mark.parametrize(("text", "expected"), [("mine.safetensors", (LoraFile(Path("mine.safetensors")),)), ("", ())])
-def test_the_variable_wins_over_the_file(tmp_path: Path, text: str, expected: tuple[LoraFile, ...]) -> None:
-    os.environ["ZIMAGE_LORA"] = text
-    assert by_file(tmp_path, SPECIFIED).loras == expected
+def test_the_variable_wins_over_the_file(tmp_path: Path) -> None:
+    os.environ["ZIMAGE_LORA"] = "mine.safetensors"
+    assert by_file(tmp_path, SPECIFIED).loras == (LoraFile(Path("mine.safetensors")),)
+
+
+def test_an_empty_variable_is_as_none(tmp_path: Path) -> None:
+    os.environ["ZIMAGE_LORA"] = ""  # as compose files set one that their user left out
+    assert len(by_file(tmp_path, SPECIFIED).loras) == 2
 
 
 def test_the_files_keys_have_variables_of_their_own(tmp_path: Path) -> None:
