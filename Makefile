@@ -5,8 +5,10 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+PYTEST_WORKERS ?= 2
 DEVICE ?= cpu
 BIN := .venv/bin
+PYTEST = $(BIN)/pytest --numprocesses $(PYTEST_WORKERS) --dist loadfile
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,13 +27,13 @@ demo-model: install-test ## train the demo model anew (hours on a CPU, minutes o
 	$(BIN)/python -m demo_model evaluate --model build/demo-model/checkpoints/z-image \
 		--vision build/demo-model/checkpoints/qwen3-vl --device $(DEVICE)
 
-test: check ## run all checks, then all tests (PYTEST_ARGS goes to pytest)
-	$(BIN)/pytest $(PYTEST_ARGS)
+test: check ## run all checks, then all tests (PYTEST_ARGS goes to pytest, PYTEST_WORKERS of them at once)
+	$(PYTEST) $(PYTEST_ARGS)
 
 test-fast: install-test ## run the quick checks and the quick tests
 	$(BIN)/ruff check
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/pytest -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 test-containers: install-test ## build the images and test them with Docker, in Compose and in a swarm
 	$(BIN)/pytest tests/containers -o timeout=2400 $(PYTEST_ARGS)

@@ -8,10 +8,10 @@ from typing import Any
 
 import httpx2
 import pytest
-from conftest import Gateway, Recorder, Start, Whole
 from fastapi import FastAPI
 from inprocess import eventually, node_of, started, until
 from pictures import encoded
+from running_gateway import Gateway, Recorder, Start, Whole
 
 from services.gateway.references import VlClient, ask_vl_facts, id_of
 from services.gateway.vision import NO_CACHE
