@@ -12,6 +12,7 @@ from transformers import Qwen3ForCausalLM
 
 from demo_model.evaluate import Evaluation, report
 from demo_model.export import export_model, export_vision
+from demo_model.training.drawing import train_drawing
 from demo_model.training.facts import teach_facts
 from demo_model.training.joint import Learnt, train_together
 from demo_model.training.text import TextBatches, new_tokenizer, train_text_model
@@ -43,7 +44,9 @@ def train(
     vae = train_vae(work_dir, place)
     text = train_text_model(tokenizer, work_dir, place)
     reader = teach_facts(text, texts, work_dir, place)
-    dit = train_together(Learnt(text=text, reader=reader, vae=vae), texts, work_dir, place)
+    learnt = Learnt(text=text, reader=reader, vae=vae)
+    dit = train_together(learnt, texts, work_dir, place)
+    train_drawing(learnt, dit, texts, work_dir, place)
     vision = train_vision_model(text, texts, work_dir, place)
     export(output_dir, tokenizer=tokenizer, vae=vae, text=text, dit=dit, vision=vision)
     Console().print(f"Written to {output_dir}. Measure it: python -m demo_model evaluate")

@@ -62,6 +62,12 @@ class Pools:
         tokens = (size[0] // 16) * (size[1] // 16) + 32
         return self._take(self._plain[size], rng, max(4, BATCH_TOKENS // tokens))
 
+    def take(
+        self, rng: random.Random, size: tuple[int, int], count: int, *, blended: bool
+    ) -> tuple[list[Example], Tensor]:
+        """Some examples of one size of `SIZES`; blended ones are all of the first."""
+        return self._take(self._blended if blended else self._plain[size], rng, count)
+
     @staticmethod
     def _take(
         pool: Pool, rng: random.Random, count: int, among: Sequence[int] | None = None
@@ -136,24 +142,41 @@ def _read(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states of the examples' prompts `[n, tokens, width]`, which of them are said, and the language loss."""
     rows = [batches.prompt_ids(example.prompt(rng)) for example in examples]
+    references, tokens, inside = token_rows(batches, rows, examples)
+    output = text(tokens.to(device), use_cache=False, output_hidden_states=True)
+    language = language_loss(output.logits, tokens.masked_fill(~inside, IGNORED).to(device))
+    states = blended_states(output.hidden_states[HIDDEN_LAYER], rows, references, examples)
+    return states, inside[: len(rows)].to(device), language
+
+
+def token_rows(
+    batches: TextBatches, rows: list[list[int]], examples: Sequence[Example]
+) -> tuple[list[list[int]], Tensor, Tensor]:
+    """The examples' references as tokens, then prompts and references together: int64 `[n, tokens]`, and which are
+    not filling."""
     references = [batches.prompt_ids(captions.canonical(e.reference)) for e in examples if e.reference is not None]
     every = [*rows, *references]
     length = max(len(row) for row in every)
     length += -length % MULTIPLE
-    tokens = batches.pad(every, length)
     counts = torch.tensor([len(row) for row in every])
-    inside = torch.arange(length)[None] < counts[:, None]
-    output = text(tokens.to(device), use_cache=False, output_hidden_states=True)
-    language = language_loss(output.logits, tokens.masked_fill(~inside, IGNORED).to(device))
-    states = output.hidden_states[HIDDEN_LAYER]
-    if references:
-        states = torch.stack(
-            [
-                _blend(states[i], len(rows[i]), states[len(rows) + i], len(references[i]), examples[i].alpha)
-                for i in range(len(rows))
-            ]
-        )
-    return states[: len(rows)], inside[: len(rows)].to(device), language
+    return references, batches.pad(every, length), torch.arange(length)[None] < counts[:, None]
+
+
+def blended_states(
+    states: Tensor, rows: list[list[int]], references: list[list[int]], examples: Sequence[Example]
+) -> Tensor:
+    """The prompts' hidden states `[n, tokens, width]`, pulled towards their references where there are some.
+
+    `states` holds prompts, then references, as `token_rows` puts them.
+    """
+    if not references:
+        return states
+    return torch.stack(
+        [
+            _blend(states[i], len(rows[i]), states[len(rows) + i], len(references[i]), examples[i].alpha)
+            for i in range(len(rows))
+        ]
+    )
 
 
 def _is_easy(example: Example) -> bool:

@@ -1,0 +1,120 @@
+"""Fourth stage: the DiT alone learns to draw what the finished text says.
+
+The language model no longer changes, so a step costs half of one before, and more of them fit into the same time. They
+look at the noisiest sigmas most, where only the text tells what will be drawn.
+"""
+
+import random
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ZImageTransformer2DModel
+from torch import Tensor
+
+from demo_model.training.dit import MULTIPLE, predict, use_real_rotation
+from demo_model.training.joint import SHIFT, SIZES, Learnt, Pools, blended_states, flow_loss, token_rows
+from demo_model.training.latents import Example
+from demo_model.training.loop import Losses, Schedule, run_stage
+from demo_model.training.text import HIDDEN_LAYER, TextBatches
+
+SCHEDULE = Schedule(steps=8000, learning_rate=1e-3)
+IMAGES = {(128, 128): 32, (256, 256): 10}
+"""Pictures of a batch by size; of the other sizes as many as make about as many tokens."""
+IMAGES_OTHERS = 14
+SMALLEST, LARGER = 0.65, 0.92  # the batches up to these shares are of 128x128 and of 256x256; other sizes fill the rest
+BLENDED = 0.1  # share of the batches of 128x128 that show blended texts
+PURE_NOISE = 0.2  # share of the examples at sigma 1
+SIGMA_CENTER, SIGMA_SPREAD = 0.5, 1.1  # of the logistic normal that the others' sigma comes from, before the shift
+
+Predict = Callable[[ZImageTransformer2DModel, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def train_drawing(
+    learnt: Learnt, dit: ZImageTransformer2DModel, batches: TextBatches, folder: Path, device: torch.device
+) -> None:
+    """Trains the DiT further in place; the language model and the VAE stay as they are."""
+    torch.manual_seed(6)
+    learnt.text.requires_grad_(requires_grad=False)
+    use_real_rotation(dit)
+    pools = Pools(learnt.vae, folder / "latents")
+    quick = _compiled()
+
+    def losses(step: int) -> Losses:
+        rng = random.Random(8_000_000 + step)
+        size = _random_size(rng)
+        blended = size == SIZES[0] and rng.random() < BLENDED
+        count = IMAGES.get(size, IMAGES_OTHERS)
+        rows, examples, latents = _batch(pools, batches, rng, size, count, blended=blended)
+        latents = latents.to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            with torch.no_grad():
+                states, said = _read(learnt, batches, rows, examples, device)
+            sigma = _sigmas(rng, count).to(device)
+            noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(step)).to(device)
+            spread = sigma[:, None, None, None]
+            forward = quick if size in IMAGES and states.shape[1] <= 2 * MULTIPLE else predict
+            output = forward(dit, (1 - spread) * latents + spread * noise, 1 - sigma, states, said)
+        return {"flow": flow_loss(output.float(), latents, noise)}
+
+    run_stage("drawing", {"dit": dit}, SCHEDULE, losses, folder)
+
+
+def _compiled() -> Predict:
+    """`predict`, compiled where there is a compiler: nearly twice as fast for the few shapes that most batches have."""
+    if shutil.which("c++") is None:
+        return predict
+    compiled: Any = torch.compile(predict, dynamic=False)
+    return compiled  # type: ignore[no-any-return]
+
+
+def _random_size(rng: random.Random) -> tuple[int, int]:
+    kind = rng.random()
+    if kind < SMALLEST:
+        return SIZES[0]
+    return SIZES[1] if kind < LARGER else rng.choice(SIZES[2:])
+
+
+def _batch(
+    pools: Pools, batches: TextBatches, rng: random.Random, size: tuple[int, int], count: int, *, blended: bool
+) -> tuple[list[list[int]], list[Example], Tensor]:
+    """Prompts as tokens, their examples and the latents: prompts that fill up to one length, so that little is filled.
+
+    Of twice or more as many drawn examples those are kept that fill up as the first one does.
+    """
+    rows: list[list[int]] = []
+    chosen: list[tuple[Example, Tensor]] = []
+    while len(chosen) < count:
+        examples, latents = pools.take(rng, size, 2 * count, blended=blended)
+        for example, latent in zip(examples, latents, strict=True):
+            row = batches.prompt_ids(example.prompt(rng))
+            if blended or not rows or _filled(len(row)) == _filled(len(rows[0])):
+                rows.append(row)
+                chosen.append((example, latent))
+    kept = chosen[:count]
+    return rows[:count], [example for example, _ in kept], torch.stack([latent for _, latent in kept])
+
+
+def _filled(length: int) -> int:
+    return length + -length % MULTIPLE
+
+
+def _read(
+    learnt: Learnt, batches: TextBatches, rows: list[list[int]], examples: Sequence[Example], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Hidden states of the prompts `[n, tokens, width]` and which of them are said."""
+    references, tokens, said = token_rows(batches, rows, examples)
+    # hidden state -2 without the head, which would be most of the work
+    model: Any = learnt.text.model
+    states = model(tokens.to(device), use_cache=False, output_hidden_states=True).hidden_states[HIDDEN_LAYER]
+    return blended_states(states, rows, references, examples), said[: len(rows)].to(device)
+
+
+def _sigmas(rng: random.Random, count: int) -> Tensor:
+    values = []
+    for _ in range(count):
+        base = torch.sigmoid(torch.tensor(rng.gauss(SIGMA_CENTER, SIGMA_SPREAD))).item()
+        values.append(1.0 if rng.random() < PURE_NOISE else SHIFT * base / (1 + (SHIFT - 1) * base))
+    return torch.tensor(values)
