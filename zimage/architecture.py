@@ -29,6 +29,7 @@ class Shape:
     vae_groups: int = 8
     text_head_width: int | None = None
     text_inner_width: int | None = None
+    vision_layers: int = 2
 
 
 def make_text_encoder(shape: Shape, vocabulary: int) -> Any:

@@ -20,7 +20,7 @@ from zimage.tokenizer import save_tokenizer, train_tokenizer
 
 VISION_PATCH = 16
 VISION_LAYERS = 8  # the API reads layers -1 to -6; the first one is changed by the vision tower's own states
-FORMAT_VERSION = 2  # raise it when the layout below changes: older directories are then made anew
+FORMAT_VERSION = 3  # raise it when the layout below changes: older directories are then made anew
 
 
 class Size(StrEnum):
@@ -62,6 +62,7 @@ SHAPES = {
         layers=8,
         refiner_layers=2,
         vae_channels=(32, 64, 128, 128),
+        vision_layers=24,  # as many as the published model has, like those of the text
     ),
 }
 
@@ -149,7 +150,7 @@ def _vision_model(shape: Shape, tokenizer: Tokenizer) -> Any:
             },
         },
         vision_config={
-            "depth": 2,
+            "depth": shape.vision_layers,
             "hidden_size": shape.text_width,
             "intermediate_size": 2 * shape.text_width,
             "num_heads": 4,
