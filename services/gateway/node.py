@@ -12,7 +12,8 @@ INTERVAL_S = 1.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 5.0
 PROVEN_AFTER_S = 10.0  # a node that worked for this long after a failure starts again with the first pause
 FORGOTTEN_AFTER_S = 60.0  # the model of a node that is away for longer does not count any more
-LATE_COUNTS_S = 1.0
+LATE_COUNTS_S = 1.0  # for each request in a row that it was too slow for
+MOST_LATE = 5  # more in a row count as so many
 
 
 class NodeState(StrEnum):
@@ -38,15 +39,20 @@ class Node:
         self.leaving = False
         self.in_flight = 0
         self.turn = 0  # grows with each request: of equal nodes the one that had none for longest is next
-        self._failures = 0
+        self._failures = self._late = 0
         self._asked_at = self._failed_at = self._ready_at = self._late_at = -FORGOTTEN_AFTER_S
         self._at_once = False
         self._woken = asyncio.Event()
 
     @property
     def load(self) -> int:
-        """Its requests, and one more for a while after it was too slow for one, as if it had that still."""
-        return self.in_flight + (_now() < self._late_at + LATE_COUNTS_S)
+        """Its requests; for a while after it was too slow for one more than those: 1, 3, 7, ... for so many in a row.
+
+        Once slow is soon forgiven, or the work would be spread unevenly; a node that hangs is left alone.
+        """
+        if _now() > self._late_at + LATE_COUNTS_S * self._late:
+            return self.in_flight
+        return self.in_flight + (1 << self._late) - 1
 
     @property
     def model(self) -> str | None:
@@ -83,12 +89,13 @@ class Node:
 
     def worked(self) -> None:
         """It answered a request."""
+        self._late = 0
         if self.failure is None:
             self._failures = 0
 
     def was_late(self) -> None:
         """Another node was quicker with a request that was begun here."""
-        self._late_at = _now()
+        self._late, self._late_at = min(self._late + 1, MOST_LATE), _now()
 
     def judge(self, error: ServiceError) -> None:
         """A request to it ended with an error: does that say something about the node?

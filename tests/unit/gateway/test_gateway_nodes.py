@@ -348,6 +348,28 @@ class TestSlowness:
             assert (node.in_flight, node.load) == (0, 1)
             assert len(nodes.ready) == 3
 
+    async def test_it_is_spared_also_where_the_others_have_much_to_do(self) -> None:
+        async def busy(_: httpx2.Request) -> httpx2.Response:
+            await asyncio.sleep(0.01)
+            return answer(b"done")
+
+        machines = three()
+        async with pool(machines) as nodes:
+            await all_ready(nodes, 3)
+            for machine in machines.values():
+                machine.work = busy
+            for _ in range(ENOUGH):
+                await ask(nodes, kind="encode")
+            machines["10.0.0.1"].work = hang
+            before = len(machines["10.0.0.1"].seen)
+
+            async def client() -> None:
+                for _ in range(25):
+                    await ask(nodes, kind="encode")
+
+            await asyncio.gather(*(client() for _ in range(4)))
+            assert len(machines["10.0.0.1"].seen) - before <= 4
+
     def test_patience_is_what_most_take_twice(self) -> None:
         pace = Pace()
         for number in range(ENOUGH):
