@@ -17,6 +17,7 @@ AXES_LENS = (1536, 512, 512)  # of the published checkpoint
 AXES_DIMS = (16, 24, 24)
 PATCH = 2
 MULTIPLE = 32  # both sequences are filled up to a multiple of this
+DIM = 256
 LAYERS = 5
 GATE = 0.3  # mean bias of the gates before their tanh, with random weights
 
@@ -27,7 +28,7 @@ def new_dit() -> ZImageTransformer2DModel:
     """The DiT with random weights."""
     model = ZImageTransformer2DModel(
         in_channels=16,
-        dim=256,
+        dim=DIM,
         n_layers=LAYERS,
         n_refiner_layers=1,
         n_heads=4,
@@ -82,7 +83,14 @@ def use_real_rotation(model: ZImageTransformer2DModel) -> None:
 
 
 def predict(model: ZImageTransformer2DModel, noisy: Tensor, time: Tensor, states: Tensor, said: Tensor) -> Tensor:
-    """The DiT's output for a batch, float `[n, 16, height, width]`.
+    """The DiT's output for a batch, float `[n, 16, height, width]`; the arguments are `predict_and_show`'s."""
+    return predict_and_show(model, noisy, time, states, said)[0]
+
+
+def predict_and_show(
+    model: ZImageTransformer2DModel, noisy: Tensor, time: Tensor, states: Tensor, said: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """The DiT's output, and what the image tokens are after each of its layers, each `[n, patches, dim]`.
 
     Args:
         model: a DiT after `use_real_rotation`.
@@ -108,12 +116,14 @@ def predict(model: ZImageTransformer2DModel, noisy: Tensor, time: Tensor, states
     for block in model.context_refiner:
         text = block(text, None, of_text)
     unified = torch.cat([image, text], 1)
+    shown: list[Tensor] = []
     for block in model.layers:
         unified = block(unified, None, of_all, modulation)
+        shown.append(unified[:, : rows * columns])
     output = model.all_final_layer[key](unified, c=modulation)[:, : rows * columns]
     output = output.view(count, rows, columns, PATCH, PATCH, channels).permute(0, 5, 1, 3, 2, 4)
     latents: Tensor = output.reshape(count, channels, height, width)
-    return latents
+    return latents, shown
 
 
 def _rotations(

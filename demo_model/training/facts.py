@@ -24,8 +24,8 @@ SCHEDULE = Schedule(steps=400, learning_rate=1e-3, warmup=50)
 BATCH = 48
 LANGUAGE_WEIGHT = 0.05
 MOST_THINGS = 2
-_OF_A_THING: tuple[type[StrEnum], ...] = (Colour, Shape, Place, Pattern, Size)
-QUESTIONS: tuple[type[StrEnum], ...] = (Colour, *_OF_A_THING * MOST_THINGS)
+QUESTIONS_OF_A_THING: tuple[type[StrEnum], ...] = (Colour, Shape, Place, Pattern, Size)
+QUESTIONS: tuple[type[StrEnum], ...] = (Colour, *QUESTIONS_OF_A_THING * MOST_THINGS)
 """The background's colour, then what each thing is: a classifier for each."""
 
 
@@ -58,7 +58,7 @@ def answers(scene: Scene, said: Said = EVERYTHING) -> list[int]:
         values = (thing.colour, thing.shape, thing.place, thing.pattern, thing.size)
         right += [
             list(kind).index(value) if is_told else IGNORED
-            for kind, value, is_told in zip(_OF_A_THING, values, told, strict=True)
+            for kind, value, is_told in zip(QUESTIONS_OF_A_THING, values, told, strict=True)
         ]
     return right + [IGNORED] * (len(QUESTIONS) - len(right))
 

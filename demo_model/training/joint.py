@@ -109,7 +109,7 @@ def train_together(
             rewritten = text(tokens.to(device), use_cache=False).logits
         flow = flow_loss(output.float(), latents, noise)
         rewrite = language_loss(rewritten, targets.to(device))
-        facts = FACTS_WEIGHT * facts_loss(reader(states, said), _told(examples).to(device))
+        facts = FACTS_WEIGHT * facts_loss(reader(states, said), told(examples).to(device))
         return {"flow": flow, "facts": facts, "caption": CAPTION_WEIGHT * language, "rewrite": REWRITE_WEIGHT * rewrite}
 
     run_stage("joint", {"text": text, "dit": dit, "reader": reader}, SCHEDULE, losses, folder)
@@ -121,10 +121,14 @@ def flow_loss(output: Tensor, latents: Tensor, noise: Tensor) -> Tensor:
 
     They are a twentieth of a picture: unweighted, thousands of steps go by in which only backgrounds follow the text.
     """
-    background = latents.flatten(2).median(-1).values[..., None, None]
-    is_thing = (latents - background).pow(2).mean(1, keepdim=True) > THING_APART
-    weight = 1 + (THINGS_WEIGHT - 1) * is_thing.float()
+    weight = 1 + (THINGS_WEIGHT - 1) * belongs_to_things(latents).float()
     return (weight * (output - (latents - noise)).pow(2)).mean() / weight.mean()
+
+
+def belongs_to_things(latents: Tensor) -> Tensor:
+    """Whether each latent of `[n, 16, height, width]` differs from the background's: bool `[n, 1, height, width]`."""
+    background = latents.flatten(2).median(-1).values[..., None, None]
+    return (latents - background).pow(2).mean(1, keepdim=True) > THING_APART
 
 
 def resample(states: Tensor, length: int) -> Tensor:
@@ -179,21 +183,21 @@ def blended_states(
     )
 
 
-def _is_easy(example: Example) -> bool:
-    return (
-        example.kind in ("said", "long")
-        and len(example.scene.things) == 1
-        and example.scene.things[0].size is not Size.SMALL
-    )
-
-
-def _told(examples: Sequence[Example]) -> Tensor:
+def told(examples: Sequence[Example]) -> Tensor:
     """The facts that each prompt tells, int64 `[n, questions]`; none where it is strange, empty or blended."""
     rows = []
     for example in examples:
         known = answers(example.scene, example.said)
         rows.append(known if example.kind in ("said", "long") else [IGNORED] * len(known))
     return torch.tensor(rows)
+
+
+def _is_easy(example: Example) -> bool:
+    return (
+        example.kind in ("said", "long")
+        and len(example.scene.things) == 1
+        and example.scene.things[0].size is not Size.SMALL
+    )
 
 
 def _blend(states: Tensor, count: int, reference: Tensor, reference_count: int, alpha: float) -> Tensor:

@@ -11,8 +11,10 @@ from torch import nn
 
 from demo_model import captions
 from demo_model.training import facts
-from demo_model.training.dit import new_dit, predict, use_real_rotation
+from demo_model.training.dit import DIM, new_dit, predict, use_real_rotation
+from demo_model.training.drawing import ThingReader, answers_of_patches, things_loss
 from demo_model.training.joint import resample
+from demo_model.training.latents import Example
 from demo_model.training.loop import Losses, Schedule, run_stage
 from demo_model.training.text import IGNORED, TextBatches, new_text_model, new_tokenizer
 from demo_model.training.vision import VisionBatches, new_vision_model
@@ -129,6 +131,24 @@ def test_facts_are_read_from_what_is_said_alone() -> None:
     assert [logits.shape for logits in read] == [(2, len(kind)) for kind in facts.QUESTIONS]
     alone = reader(states[:1, :4], said[:1, :4])
     torch.testing.assert_close([logits[:1] for logits in read], list(alone))
+
+
+def test_each_patch_of_a_thing_is_told_what_it_belongs_to() -> None:
+    """Latents of a scene in which each thing is one patch: its answers are that thing's; nothing is asked elsewhere."""
+    first = Thing(shape=Shape.HEART, colour=Colour.PINK, place=Place.TOP_LEFT)
+    second = Thing(shape=Shape.STAR, colour=Colour.BLUE, size=Size.SMALL, place=Place.BOTTOM)
+    scene = Scene(background=Colour.WHITE, things=(first, second))
+    latents = torch.zeros(2, 16, 12, 12)
+    latents[:, :, 2, 3] = 3.0
+    latents[:, :, 10, 6:8] = -3.0
+    inside, right = answers_of_patches([Example(scene=scene), Example(scene=scene, kind="strange")], latents)
+    assert inside.shape == (2, 36)
+    assert inside.nonzero().tolist() == [[0, 7], [0, 33], [1, 7], [1, 33]]
+    facts_of_both = facts.answers(scene)
+    assert right[:2].tolist() == [facts_of_both[1:6], facts_of_both[6:]]
+    assert (right[2:] == IGNORED).all()  # strange words tell nothing
+    loss = things_loss(ThingReader(), list(torch.randn(5, 2, 36, DIM)), [Example(scene=scene)] * 2, latents)
+    assert 0 < loss < 10
 
 
 def test_resampling_keeps_the_ends_and_the_length_it_has() -> None:
