@@ -3,6 +3,7 @@
 The weights come and go; tokenizer, processor and configuration stay.
 """
 
+import copy
 import gc
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import structlog
 import torch
 from jinja2 import TemplateError
 from PIL import Image
+from torch import nn
 from transformers import AutoTokenizer, DynamicCache, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -132,14 +134,20 @@ class VisionModel:
     @torch.inference_mode()
     def hidden_states(self, inputs: Inputs, layer: int, *, image_tokens_only: bool) -> torch.Tensor:
         """Hidden states `layer`, a CPU tensor [tokens, width] in the model's dtype; bit for bit what transformers'
-        own forward gives for one picture. Loads the weights. Raises OutOfMemory."""
+        own forward gives for one picture. Layers above the one that is asked for are not run. Loads the weights.
+        Raises OutOfMemory."""
         self.load()
         given = self._given(inputs)
+        model, last = _cut(self._weights.model, self.facts.layers + 1 + layer)
+        seen: list[torch.Tensor] = []
+        hook = last.register_forward_hook(lambda _module, _args, output: seen.append(output))
         try:
-            output = self._weights.model(**given, output_hidden_states=True, use_cache=False)
+            model(**given, use_cache=False)
         except RuntimeError as error:
             raise self._told(error) from None
-        states: torch.Tensor = output.hidden_states[layer][0]
+        finally:
+            hook.remove()
+        states = seen[0][0]
         if image_tokens_only:
             states = states[given["mm_token_type_ids"][0].bool()]
         return states.cpu().contiguous()
@@ -216,6 +224,22 @@ def load_vision_model(settings: VlSettings) -> VisionModel:
         openings={choice: _opening(tokenizer, enable_thinking=choice) for choice in (None, True, False)},
     )
     return VisionModel(folder, processor, Layout(tokenizer.backend_tokenizer, image), facts, dtype)
+
+
+def _cut(model: Any, layers: int) -> tuple[Any, nn.Module]:
+    """A `Qwen3VLModel` that stops after so many layers of its language half, and the module whose output is wanted:
+    the last of them, or of all the norm. Every weight is shared.
+
+    Visual features are added to the output of the first layers, after what `hidden_states` has of them.
+    """
+    language = model.language_model
+    if layers == len(language.layers):
+        return model, language.norm
+    cut, short = copy.copy(model), copy.copy(language)
+    cut._modules, short._modules = dict(model._modules), dict(language._modules)
+    cut.language_model = short
+    short.layers, short.norm = language.layers[:layers], nn.Identity()
+    return cut, short.layers[-1]
 
 
 def _folder(settings: VlSettings) -> Path:
