@@ -199,8 +199,9 @@ class Vision:
             return _found(await self._extracted(picture, parameters, end), embeddings_id, started)
 
         async def make() -> Kept:
-            reference = await self._extracted(picture, parameters, end)
-            its_id = await asyncio.to_thread(id_of, picture, parameters, reference.told.fingerprint)
+            reference, its_id = await self._extracted(picture, parameters, end), embeddings_id
+            if reference.told.fingerprint != facts.fingerprint:  # another model has come meanwhile
+                its_id = await asyncio.to_thread(id_of, picture, parameters, reference.told.fingerprint)
             return Kept(its_id, reference.message)
 
         left_s = end - time.perf_counter()

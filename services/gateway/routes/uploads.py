@@ -29,9 +29,12 @@ async def read_extraction(request: Request) -> tuple[bytes, ExtractOptions]:
         return await _read_form(request)
     await require_json(request)
     body = await request.body()
-    wanted = await asyncio.to_thread(_validated, ExtractRequest, body)
-    picture = await asyncio.to_thread(decode_picture, wanted.image, "image")
-    return picture, wanted
+    return await asyncio.to_thread(_read_json, body)
+
+
+def _read_json(body: bytes) -> tuple[bytes, ExtractOptions]:
+    wanted = _validated(ExtractRequest, body)
+    return decode_picture(wanted.image, "image"), wanted
 
 
 async def _read_form(request: Request) -> tuple[bytes, ExtractOptions]:
