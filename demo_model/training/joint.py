@@ -121,7 +121,7 @@ def flow_loss(output: Tensor, latents: Tensor, noise: Tensor) -> Tensor:
 
     They are a twentieth of a picture: unweighted, thousands of steps go by in which only backgrounds follow the text.
     """
-    weight = 1 + (THINGS_WEIGHT - 1) * belongs_to_things(latents).float()
+    weight = 1 + (THINGS_WEIGHT - 1) * around_things(latents).float()
     return (weight * (output - (latents - noise)).pow(2)).mean() / weight.mean()
 
 
@@ -129,6 +129,16 @@ def belongs_to_things(latents: Tensor) -> Tensor:
     """Whether each latent of `[n, 16, height, width]` differs from the background's: bool `[n, 1, height, width]`."""
     background = latents.flatten(2).median(-1).values[..., None, None]
     return (latents - background).pow(2).mean(1, keepdim=True) > THING_APART
+
+
+def around_things(latents: Tensor) -> Tensor:
+    """The rows and columns that hold a thing, where they cross, and a latent more: bool `[n, 1, height, width]`.
+
+    Of a box each side of an outline weighs the same. Where things alone weighed more, what is drawn grew too large:
+    to miss a part of a thing cost five times what it cost to draw beyond its outline.
+    """
+    things = nn.functional.max_pool2d(belongs_to_things(latents).float(), 3, stride=1, padding=1).bool()
+    return things.any(-1, keepdim=True) & things.any(-2, keepdim=True)
 
 
 def resample(states: Tensor, length: int) -> Tensor:

@@ -10,10 +10,18 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from demo_model import captions
+from demo_model.captions import Said
 from demo_model.training import facts
 from demo_model.training.dit import DIM, new_dit, predict, use_real_rotation
-from demo_model.training.drawing import ThingReader, answers_of_patches, things_loss
-from demo_model.training.joint import resample
+from demo_model.training.drawing import (
+    CELLS,
+    ThingReader,
+    answers_of_patches,
+    coverage,
+    outlines_loss,
+    things_loss,
+)
+from demo_model.training.joint import around_things, resample
 from demo_model.training.latents import Example
 from demo_model.training.loop import Losses, Schedule, run_stage
 from demo_model.training.text import IGNORED, TextBatches, new_text_model, new_tokenizer
@@ -149,6 +157,35 @@ def test_each_patch_of_a_thing_is_told_what_it_belongs_to() -> None:
     assert (right[2:] == IGNORED).all()  # strange words tell nothing
     loss = things_loss(ThingReader(), list(torch.randn(5, 2, 36, DIM)), [Example(scene=scene)] * 2, latents)
     assert 0 < loss < 10
+
+
+def test_outlines_are_told_by_the_text_alone() -> None:
+    square = Thing(shape=Shape.SQUARE, colour=Colour.BLACK, size=Size.LARGE, place=Place.CENTER)
+    scene = Scene(background=Colour.RED, things=(square,))
+    covered = coverage(scene, (192, 128))
+    assert covered.shape == (8 * 12, CELLS * CELLS)
+    assert covered.mean().item() == pytest.approx((2 * 0.9 * 0.25) ** 2 * 128 / 192, abs=0.005)
+    middle = covered.view(8, 12, CELLS, CELLS)[4, 6]
+    assert (middle == 1).all()
+    assert (covered[0] == 0).all()
+    reader, shown = ThingReader(), list(torch.randn(5, 2, 96, DIM))
+    told = Example(scene=scene)
+    assert 0.4 < outlines_loss(reader, shown, [told, told], (192, 128)) < 2
+    for untold in (Example(scene=scene, kind="strange"), Example(scene=scene, said=Said(shape=False))):
+        alone = outlines_loss(reader, [tokens[:1] for tokens in shown], [told], (192, 128))
+        torch.testing.assert_close(outlines_loss(reader, shown, [told, untold], (192, 128)), alone)
+        assert outlines_loss(reader, shown, [untold, untold], (192, 128)) == 0
+
+
+def test_both_sides_of_an_outline_weigh_the_same() -> None:
+    """A ring's hole and the corners around it lie in its box."""
+    latents = torch.zeros(1, 16, 12, 12)
+    latents[:, :, 3:8, 4:9] = 3.0
+    latents[:, :, 4:7, 5:8] = 0.0
+    inside = around_things(latents)[0, 0]
+    expected = torch.zeros(12, 12, dtype=torch.bool)
+    expected[2:9, 3:10] = True
+    assert torch.equal(inside, expected)
 
 
 def test_resampling_keeps_the_ends_and_the_length_it_has() -> None:
