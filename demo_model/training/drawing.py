@@ -5,9 +5,11 @@ look at the noisiest sigmas most, where only the text tells what will be drawn.
 
 Beside the flow, linear layers learn to read from the image tokens which thing a patch belongs to, and the outline of
 what the text asks for: so small a part of the flow's error, and in other colours each time, that without them the DiT
-had not begun to take shapes from the text after 6,000 steps.
+had not begun to take shapes from the text after 6,000 steps. A third one reads where in the picture a patch is: tokens
+know that only by the turns between them and the text, and an outline can be no sharper than what they know of it.
 """
 
+import math
 import random
 import shutil
 from collections.abc import Callable, Sequence
@@ -39,7 +41,7 @@ from demo_model.training.loop import Losses, Schedule, run_stage
 from demo_model.training.text import HIDDEN_LAYER, TextBatches
 from demo_model.world import RGB, Colour, Place, Scene, Shape, Size, Thing
 
-SCHEDULE = Schedule(steps=14_000, learning_rate=1e-3)
+SCHEDULE = Schedule(steps=15_500, learning_rate=1.6e-3)
 IMAGES = {(128, 128): 32, (256, 256): 10}
 """Pictures of a batch by size; of the other sizes as many as make about as many tokens."""
 IMAGES_OTHERS = 14
@@ -48,7 +50,9 @@ BLENDED = 0.1  # share of the batches of 128x128 that show blended texts
 PURE_NOISE = 0.2  # share of the examples at sigma 1
 SIGMA_CENTER, SIGMA_SPREAD = 0.8, 1.1  # of the logistic normal that the others' sigma comes from, before the shift
 READ_AFTER = (1, 2, 3)  # layers, from 0, whose image tokens are read; those after them draw what is known
-THINGS_WEIGHT, OUTLINES_WEIGHT = 0.3, 1.0
+PLACED_AFTER = (0, 1, 2)  # layers whose image tokens are to know where they are
+THINGS_WEIGHT, OUTLINES_WEIGHT, POSITIONS_WEIGHT = 0.3, 2.0, 0.3
+WAVES = 6  # of growing frequency along each axis: what positions are told by
 CELLS = 4  # a patch's outline is told in so many rows and columns
 PATCH_PX = 8 * PATCH
 
@@ -63,6 +67,7 @@ class ThingReader(nn.Module):
         answers = sum(len(kind) for kind in QUESTIONS_OF_A_THING)
         self.heads = nn.ModuleList(nn.Linear(DIM, answers) for _ in READ_AFTER)
         self.outlines = nn.ModuleList(nn.Linear(DIM, CELLS * CELLS) for _ in READ_AFTER)
+        self.positions = nn.ModuleList(nn.Linear(DIM, 2 * WAVES) for _ in PLACED_AFTER)
 
     def forward(self, shown: Sequence[Tensor], inside: Tensor) -> Tensor:
         """Logits of all questions together `[layers, things' patches, answers]`.
@@ -78,6 +83,11 @@ class ThingReader(nn.Module):
         """Logits of how far each cell of each patch is covered by things, `[layers, n, patches, CELLS * CELLS]`."""
         tokens = [nn.functional.rms_norm(shown[layer].float(), (DIM,)) for layer in READ_AFTER]
         return torch.stack([outline(read) for outline, read in zip(self.outlines, tokens, strict=True)])
+
+    def placed(self, shown: Sequence[Tensor]) -> Tensor:
+        """Where each patch is, as `waves` tells it: `[layers, n, patches, 2 * WAVES]`."""
+        tokens = [nn.functional.rms_norm(shown[layer].float(), (DIM,)) for layer in PLACED_AFTER]
+        return torch.stack([position(read) for position, read in zip(self.positions, tokens, strict=True)])
 
 
 def things_loss(reader: ThingReader, shown: Sequence[Tensor], examples: Sequence[Example], latents: Tensor) -> Tensor:
@@ -102,6 +112,14 @@ def outlines_loss(
     covered = torch.stack([coverage(examples[index].scene, size) for index in kept]).to(shown[0].device)
     logits = reader.coverage([tokens[kept] for tokens in shown])
     return nn.functional.binary_cross_entropy_with_logits(logits, covered.expand_as(logits))
+
+
+def waves(size: tuple[int, int]) -> Tensor:
+    """Where patches are, 0 to 1 along each axis, as cosines `[patches, 2 * WAVES]`: first of the rows, then columns."""
+    columns, rows = size[0] // PATCH_PX, size[1] // PATCH_PX
+    places = torch.meshgrid((torch.arange(rows) + 0.5) / rows, (torch.arange(columns) + 0.5) / columns, indexing="ij")
+    turns = math.pi * torch.arange(1, WAVES + 1)
+    return torch.cat([torch.cos(place.flatten()[:, None] * turns) for place in places], -1)
 
 
 def coverage(scene: Scene, size: tuple[int, int]) -> Tensor:
@@ -175,7 +193,10 @@ def train_drawing(
             output, shown = forward(dit, (1 - spread) * latents + spread * noise, 1 - sigma, states, said)
         things = THINGS_WEIGHT * things_loss(reader, shown, examples, latents)
         outlines = OUTLINES_WEIGHT * outlines_loss(reader, shown, examples, size)
-        return {"flow": flow_loss(output.float(), latents, noise), "things": things, "outlines": outlines}
+        placed = reader.placed(shown)
+        positions = POSITIONS_WEIGHT * nn.functional.mse_loss(placed, waves(size).to(device).expand_as(placed))
+        flow = flow_loss(output.float(), latents, noise)
+        return {"flow": flow, "things": things, "outlines": outlines, "positions": positions}
 
     run_stage("drawing", {"dit": dit, "reader": reader}, SCHEDULE, losses, folder)
 

@@ -15,11 +15,13 @@ from demo_model.training import facts
 from demo_model.training.dit import DIM, new_dit, predict, use_real_rotation
 from demo_model.training.drawing import (
     CELLS,
+    WAVES,
     ThingReader,
     answers_of_patches,
     coverage,
     outlines_loss,
     things_loss,
+    waves,
 )
 from demo_model.training.joint import around_things, resample
 from demo_model.training.latents import Example
@@ -175,6 +177,14 @@ def test_outlines_are_told_by_the_text_alone() -> None:
         alone = outlines_loss(reader, [tokens[:1] for tokens in shown], [told], (192, 128))
         torch.testing.assert_close(outlines_loss(reader, shown, [told, untold], (192, 128)), alone)
         assert outlines_loss(reader, shown, [untold, untold], (192, 128)) == 0
+
+
+def test_positions_are_told_by_waves_along_rows_and_columns() -> None:
+    told = waves((192, 128)).view(8, 12, 2, WAVES)
+    assert (told[:, :1, 0] == told[:, :, 0]).all()
+    assert (told[:1, :, 1] == told[:, :, 1]).all()
+    assert told[0, 0, 0, 0] > 0.9 > -0.9 > told[-1, -1, 0, 0]
+    assert len({tuple(row) for row in told.view(96, -1).tolist()}) == 96  # no two patches alike
 
 
 def test_both_sides_of_an_outline_weigh_the_same() -> None:
