@@ -13,19 +13,20 @@ from demo_model import captions
 from demo_model.captions import Said
 from demo_model.training import facts
 from demo_model.training.dit import DIM, new_dit, predict, use_real_rotation
-from demo_model.training.drawing import (
-    CELLS,
-    WAVES,
-    ThingReader,
-    answers_of_patches,
-    coverage,
-    outlines_loss,
-    things_loss,
-    waves,
-)
 from demo_model.training.joint import around_things, resample
 from demo_model.training.latents import Example
 from demo_model.training.loop import Losses, Schedule, run_stage
+from demo_model.training.reading import (
+    CELLS,
+    WAVES,
+    PatchReader,
+    answers_of_patches,
+    coverage,
+    outlines_loss,
+    reading_losses,
+    things_loss,
+    waves,
+)
 from demo_model.training.text import IGNORED, TextBatches, new_text_model, new_tokenizer
 from demo_model.training.vision import VisionBatches, new_vision_model
 from demo_model.world import Colour, Pattern, Place, Scene, Shape, Size, Thing, random_scene
@@ -157,7 +158,7 @@ def test_each_patch_of_a_thing_is_told_what_it_belongs_to() -> None:
     facts_of_both = facts.answers(scene)
     assert right[:2].tolist() == [facts_of_both[1:6], facts_of_both[6:]]
     assert (right[2:] == IGNORED).all()  # strange words tell nothing
-    loss = things_loss(ThingReader(), list(torch.randn(5, 2, 36, DIM)), [Example(scene=scene)] * 2, latents)
+    loss = things_loss(PatchReader(), list(torch.randn(5, 2, 36, DIM)), [Example(scene=scene)] * 2, latents)
     assert 0 < loss < 10
 
 
@@ -170,13 +171,14 @@ def test_outlines_are_told_by_the_text_alone() -> None:
     middle = covered.view(8, 12, CELLS, CELLS)[4, 6]
     assert (middle == 1).all()
     assert (covered[0] == 0).all()
-    reader, shown = ThingReader(), list(torch.randn(5, 2, 96, DIM))
+    reader, shown, latents = PatchReader(), list(torch.randn(5, 2, 96, DIM)), torch.zeros(2, 16, 16, 24)
     told = Example(scene=scene)
-    assert 0.4 < outlines_loss(reader, shown, [told, told], (192, 128)) < 2
+    assert 0.4 < outlines_loss(reader, shown, [told, told], latents) < 2
     for untold in (Example(scene=scene, kind="strange"), Example(scene=scene, said=Said(shape=False))):
-        alone = outlines_loss(reader, [tokens[:1] for tokens in shown], [told], (192, 128))
-        torch.testing.assert_close(outlines_loss(reader, shown, [told, untold], (192, 128)), alone)
-        assert outlines_loss(reader, shown, [untold, untold], (192, 128)) == 0
+        alone = outlines_loss(reader, [tokens[:1] for tokens in shown], [told], latents)
+        torch.testing.assert_close(outlines_loss(reader, shown, [told, untold], latents), alone)
+        assert outlines_loss(reader, shown, [untold, untold], latents) == 0
+    assert set(reading_losses(reader, shown, [told, told], latents)) == {"things", "outlines", "positions"}
 
 
 def test_positions_are_told_by_waves_along_rows_and_columns() -> None:
