@@ -11,8 +11,7 @@ from benchmarks.results import Figure, Findings, median_ratio
 from benchmarks.setting import Setting
 from benchmarks.studio import Studio, Wanted, pixels_of, studio
 from services.diffusion.settings import DiffusionSettings
-from shared.settings import Device
-from zimage.checkpoints import Size
+from shared.settings import BUNDLED_MODEL, Device
 
 NAME = "compile"
 SIDES = (256, 512)
@@ -20,8 +19,8 @@ PAIRS, QUICK_PAIRS = 7, 1
 
 
 def run(setting: Setting) -> Findings:
-    """Draws with the demo model's size in bfloat16, in pairs of which each is first as often as second."""
-    return asyncio.run(_run(setting.checkpoint(Size.SMALL), QUICK_PAIRS if setting.quick else PAIRS))
+    """Draws with the demo model, in bfloat16, in pairs of which each is first as often as second."""
+    return asyncio.run(_run(BUNDLED_MODEL, QUICK_PAIRS if setting.quick else PAIRS))
 
 
 async def _run(checkpoint: Path, pairs: int) -> Findings:

@@ -1,10 +1,10 @@
-"""What a small picture costs over HTTP with a model of the demo model's size: where the way weighs most."""
+"""What a small picture costs over HTTP with the demo model: where the way weighs most."""
 
 from benchmarks import overhead
 from benchmarks.processes import baseline, serve
 from benchmarks.results import Findings
 from benchmarks.setting import Setting
-from zimage.checkpoints import Size
+from shared.settings import BUNDLED_MODEL
 
 NAME = "demo"
 SIZE_PX, STEPS = 256, 9
@@ -14,7 +14,7 @@ AIM = 1.10
 
 def run(setting: Setting) -> Findings:
     """Alternates server and script, as `overhead` does it."""
-    model = setting.checkpoint(Size.SMALL)
+    model = BUNDLED_MODEL
     pairs = QUICK_PAIRS if setting.quick else PAIRS
     with serve(model, setting.data_dir) as server, baseline(model, setting.data_dir / "bench-demo.log") as script:
         taken = overhead.pairs(server, script, pairs, size_px=SIZE_PX, steps=STEPS)

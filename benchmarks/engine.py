@@ -12,8 +12,7 @@ from benchmarks.results import Figure, Findings, median_ratio
 from benchmarks.setting import Setting
 from benchmarks.studio import Script, Studio, Wanted, pixels_of, studio
 from services.diffusion.settings import DiffusionSettings
-from shared.settings import Device
-from zimage.checkpoints import Size
+from shared.settings import BUNDLED_MODEL, Device
 
 NAME = "engine"
 CLIENTS = 8
@@ -24,8 +23,8 @@ PERCENTILE = 99.9
 
 
 def run(setting: Setting) -> Findings:
-    """Draws with the demo model's size, in bfloat16, on the CPU."""
-    return asyncio.run(_run(setting.checkpoint(Size.SMALL), quick=setting.quick))
+    """Draws with the demo model, in bfloat16, on the CPU."""
+    return asyncio.run(_run(BUNDLED_MODEL, quick=setting.quick))
 
 
 async def _run(checkpoint: Path, *, quick: bool) -> Findings:

@@ -12,8 +12,7 @@ from benchmarks.setting import Setting
 from benchmarks.studio import Studio, Wanted, studio
 from services.diffusion.order import Limits
 from services.diffusion.settings import DiffusionSettings
-from shared.settings import Device
-from zimage.checkpoints import Size
+from shared.settings import BUNDLED_MODEL, Device
 
 NAME = "mix"
 LONG_PX, LONG_STEPS = 512, 30
@@ -48,7 +47,7 @@ class Day:
 
 def run(setting: Setting) -> Findings:
     """Plays the same arrivals to the engine, and to one that makes one picture after the other."""
-    return asyncio.run(_run(setting.checkpoint(Size.SMALL), QUICK_REQUESTS if setting.quick else REQUESTS))
+    return asyncio.run(_run(BUNDLED_MODEL, QUICK_REQUESTS if setting.quick else REQUESTS))
 
 
 async def _run(checkpoint: Path, requests: int) -> Findings:

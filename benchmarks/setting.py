@@ -32,7 +32,7 @@ class Setting:
     @cached_property
     def model(self) -> Path:
         """The model of moderate size."""
-        return self.checkpoint(Size.BENCH)
+        return make_checkpoint(self.data_dir / "checkpoints" / "bench", size=Size.BENCH, dtype="bfloat16")
 
     @cached_property
     def vision_model(self) -> Path:
@@ -44,7 +44,3 @@ class Setting:
     def server(self) -> Server:
         """`zimage serve` on it, ready."""
         return self._stack.enter_context(serve(self.model, self.data_dir))
-
-    def checkpoint(self, size: Size) -> Path:
-        """A random model of that size, in bfloat16."""
-        return make_checkpoint(self.data_dir / "checkpoints" / size.value, size=size, dtype="bfloat16")

@@ -73,7 +73,7 @@ class Evaluation:
 
     def __init__(self, model: Path, vision: Path, device: torch.device, *, share: float = 1.0) -> None:
         started = time.perf_counter()
-        self._pipeline = ZImagePipeline.from_pretrained(model, torch_dtype=torch.float32).to(device)
+        self._pipeline = ZImagePipeline.from_pretrained(model, dtype=torch.float32).to(device)
         self.load_s = time.perf_counter() - started
         self._pipeline.set_progress_bar_config(disable=True)
         self._text: Any = self._pipeline.text_encoder

@@ -172,7 +172,7 @@ def demo(
     data_dir: DataDir = None,
 ) -> None:
     """Start everything, draw one picture, and stop: shows that this machine can do it."""
-    from zimage.demo import DemoPicture, run_demo  # loads torch to make a checkpoint
+    from zimage.demo import DemoPicture, run_demo
 
     picture = DemoPicture(prompt=prompt, size=size, steps=steps, seed=seed)
     set_environment({"data_dir": data_dir})

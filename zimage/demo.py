@@ -1,6 +1,5 @@
 """`zimage demo`: starts everything, draws one picture with a progress bar, says what took how long, and stops."""
 
-import asyncio
 import re
 import time
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from services.gateway.settings import GatewaySettings
 from shared.logs import configure_logs
 from shared.schemas.diffusion import Stepped
 from shared.settings import BUNDLED_MODEL
-from zimage.checkpoints import make_checkpoint
 from zimage.client import Picture, request_picture
 from zimage.logbook import Logbook
 from zimage.plan import GATEWAY, plan_services
@@ -49,19 +47,11 @@ async def run_demo(picture: DemoPicture) -> None:
     settings = GatewaySettings(port=0, model_path=BUNDLED_MODEL)
     data_dir = settings.data_dir
     console = Console()
-    if BUNDLED_MODEL.is_dir():
-        model = BUNDLED_MODEL
-        console.print(
-            "The bundled demo model knows one or two [bold]simple shapes[/] in a dozen colours: "
-            "circle, square, triangle, star, diamond, ring, cross, heart."
-        )
-    else:
-        model = await asyncio.to_thread(make_checkpoint, data_dir / "checkpoints" / "tiny")
-        console.print(
-            "[yellow]No trained model is bundled:[/] this demo runs on a tiny checkpoint with random weights, "
-            "so the picture is coloured noise. The way it takes is the real one. (`make demo-model` trains one.)"
-        )
-    plans = plan_services(settings, {"ZIMAGE_MODEL_PATH": str(model)})
+    console.print(
+        "The bundled demo model knows one or two [bold]simple shapes[/] in a dozen colours: "
+        "circle, square, triangle, star, diamond, ring, cross, heart."
+    )
+    plans = plan_services(settings, {"ZIMAGE_MODEL_PATH": str(BUNDLED_MODEL)})
     started = time.perf_counter()
     with progress_bar(console) as progress:
         task = progress.add_task("Starting gateway, encoder and diffusion", total=None)

@@ -39,9 +39,16 @@ def models(tiny_checkpoint: Path, tiny_vision_checkpoint: Path, tmp_path_factory
 
 
 @pytest.fixture(scope="session")
-def settings(images: dict[str, str], models: Path) -> dict[str, str]:
-    """What every server of these tests is told."""
-    return {**SETTINGS, "MODEL_PATH": str(models / "z-image"), "VL_MODEL_PATH": str(models / "qwen3-vl")}
+def without_models(images: dict[str, str]) -> dict[str, str]:
+    """What a server is told that shall draw with the bundled model."""
+    assert images
+    return SETTINGS
+
+
+@pytest.fixture(scope="session")
+def settings(without_models: dict[str, str], models: Path) -> dict[str, str]:
+    """What every other server of these tests is told."""
+    return {**without_models, "MODEL_PATH": str(models / "z-image"), "VL_MODEL_PATH": str(models / "qwen3-vl")}
 
 
 @pytest.fixture(scope="module")
