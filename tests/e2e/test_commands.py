@@ -35,10 +35,6 @@ def test_a_port_in_use(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert "--port" in sentence
 
 
-def test_no_model(tmp_path: Path) -> None:
-    assert "--model-path" in refusal(tmp_path, "--port", "0")
-
-
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     missing = tmp_path / "missing"
     assert str(missing) in refusal(tmp_path, "--model-path", missing, "--port", "0")

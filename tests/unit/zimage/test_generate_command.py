@@ -250,6 +250,15 @@ def test_a_slow_server_is_given_up(command: Command, tmp_path: Path, capsys: pyt
     assert "--timeout" in capsys.readouterr().err
 
 
+@pytest.fixture
+def heeded_ctrl_c() -> Iterator[None]:
+    """What is started hears SIGINT, which a shell lets its commands in the background ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeded_ctrl_c")
 def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
     def act(_: str, __: bytes) -> Answer:
         time.sleep(2)
