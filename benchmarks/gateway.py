@@ -47,24 +47,19 @@ def _servers(setting: Setting) -> Iterator[tuple[str, str]]:
 
 
 async def _rounds(ours: str, theirs: str, requests: int) -> list[dict[str, float]]:
-    ways = {
-        "gateway_per_s": [await Connection.open(ours) for _ in range(CLIENTS)],
-        "passthrough_per_s": [await Connection.open(theirs) for _ in range(CLIENTS)],
-    }
-    for connections in ways.values():
-        await _phase(connections, requests // 4)  # warms up
+    ways = {"gateway_per_s": ours, "passthrough_per_s": theirs}
+    for url in ways.values():
+        await _phase(url, requests // 4)  # warms up
     rounds = []
     for number in range(ROUNDS):
         order = [*ways.items()] if number % 2 else [*ways.items()][::-1]
-        rounds.append({key: await _phase(connections, requests) for key, connections in order})
-    for connections in ways.values():
-        for connection in connections:
-            connection.close()
+        rounds.append({key: await _phase(url, requests) for key, url in order})
     return rounds
 
 
-async def _phase(connections: list[Connection], requests: int) -> float:
-    """Requests a second."""
+async def _phase(url: str, requests: int) -> float:
+    """Requests a second, over new connections: servers close those that wait while the other is measured."""
+    connections = [await Connection.open(url) for _ in range(CLIENTS)]
     left = iter(range(requests))
 
     async def work(connection: Connection) -> None:
@@ -75,4 +70,7 @@ async def _phase(connections: list[Connection], requests: int) -> float:
     async with asyncio.TaskGroup() as tasks:
         for connection in connections:
             tasks.create_task(work(connection))
-    return requests / (time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    for connection in connections:
+        connection.close()
+    return requests / seconds
