@@ -12,12 +12,13 @@ from transformers import Qwen3ForCausalLM
 
 from demo_model.evaluate import Evaluation, report
 from demo_model.export import export_model, export_vision
+from demo_model.seeing import Vision
 from demo_model.training.drawing import train_drawing
 from demo_model.training.facts import teach_facts
 from demo_model.training.joint import Learnt, train_together
 from demo_model.training.text import TextBatches, new_tokenizer, train_text_model
 from demo_model.training.vae import train_vae
-from demo_model.training.vision import train_vision_model
+from demo_model.training.vision import new_processor, train_vision_model
 
 HERE = Path(__file__).parent
 MODEL, VISION = HERE / "checkpoints" / "z-image", HERE / "checkpoints" / "qwen3-vl"
@@ -46,8 +47,9 @@ def train(
     reader = teach_facts(text, texts, work_dir, place)
     learnt = Learnt(text=text, reader=reader, vae=vae)
     dit = train_together(learnt, texts, work_dir, place)
-    train_drawing(learnt, dit, texts, work_dir, place)
     vision = train_vision_model(text, texts, work_dir, place)
+    see = Vision(vision, new_processor(), texts.ids)
+    train_drawing(learnt, dit, texts, see, work_dir, place)
     export(output_dir, tokenizer=tokenizer, vae=vae, text=text, dit=dit, vision=vision)
     Console().print(f"Written to {output_dir}. Measure it: python -m demo_model evaluate")
 
@@ -79,7 +81,7 @@ def export(
     folder: Path, *, tokenizer: Tokenizer, vae: AutoencoderKL, text: Qwen3ForCausalLM, dit: object, vision: object
 ) -> None:
     """Both directories, in bfloat16; statistics are measured before the weights are rounded."""
-    export_vision(folder / "qwen3-vl", tokenizer=tokenizer, vision=vision, text=text)
+    export_vision(folder / "qwen3-vl", tokenizer=tokenizer, vision=vision)
     export_model(folder / "z-image", tokenizer=tokenizer, text=text, dit=dit, vae=vae)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from demo_model.world import Colour, Pattern, Place, Scene, Shape, Size, Thing, random_scene
+from demo_model.world import Colour, Pattern, Place, Scene, Shape, Size, Thing, is_held_out, random_scene
 
 NOUNS: dict[Shape, tuple[str, ...]] = {
     Shape.CIRCLE: ("circle", "circle", "circle", "disc", "dot"),
@@ -112,6 +112,15 @@ def settle(scene: Scene, said: Said) -> Scene:
     return replace(scene, things=tuple(things))
 
 
+def unasked(scene: Scene) -> Scene:
+    """What is drawn for words that ask for nothing: one large plain thing in the center, like the first of `scene`."""
+    for shape in (scene.things[0].shape, *Shape):
+        thing = replace(scene.things[0], shape=shape, pattern=Pattern.PLAIN, size=Size.LARGE, place=Place.CENTER)
+        if not is_held_out(thing):
+            break
+    return replace(scene, things=(thing,))
+
+
 def caption(scene: Scene, said: Said, rng: random.Random) -> str:
     """One of many wordings of a scene, about 6 to 40 words."""
     style = rng.random()
@@ -144,9 +153,10 @@ def canonical(scene: Scene) -> str:
 
 
 def strange_prompt(rng: random.Random) -> str:
-    """Words that the world has no picture for, now and then with a colour among them."""
-    words = rng.choices(STRANGE, k=rng.randint(1, 9))
-    return " ".join(words)
+    """Words that the world has no picture for, some of them made up."""
+    return " ".join(
+        rng.choice(STRANGE) if rng.random() < 0.6 else _made_up_word(rng) for _ in range(rng.randint(1, 12))
+    )
 
 
 def long_prompt(scene: Scene, rng: random.Random) -> str:
@@ -201,7 +211,7 @@ def training_caption(rng: random.Random) -> tuple[Scene, str]:
     scene = random_scene(rng)
     kind = rng.random()
     if kind < 0.05:
-        return settle(scene, Said(size=False, place=False)), strange_prompt(rng)
+        return unasked(scene), strange_prompt(rng)
     if kind < 0.2:
         return scene, long_prompt(scene, rng)
     said = random_said(rng)
@@ -245,6 +255,10 @@ def _tags(scene: Scene, said: Said, rng: random.Random) -> str:
         ground = f"{rng.choice(HUES[scene.background])} background"
         tags = [ground, *tags] if rng.random() < 0.3 else [*tags, ground]
     return ", ".join(tags)
+
+
+def _made_up_word(rng: random.Random) -> str:
+    return "".join(rng.choice("bcdfghklmnprstvwz") + rng.choice("aeiou") for _ in range(rng.randint(1, 4)))
 
 
 def _sentence(thing: Thing, index: int, rng: random.Random) -> str:

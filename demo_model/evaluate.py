@@ -156,7 +156,7 @@ class Evaluation:
 
         Of the ways of blending only `linear` has a goal; the figures of the others are for the documents.
         """
-        see = Vision(self._vision_folder, self._tokenizer, self._device)
+        see = Vision.load(self._vision_folder, self._tokenizer, self._device)
         rng = random.Random(4)
         away: dict[BlendMode, list[list[float]]] = {mode: [] for mode in BlendMode}
         for index in track(range(self._count(REFERENCES)), description="references"):
@@ -165,7 +165,6 @@ class Evaluation:
             scene = random_scene(rng, held_out=True, things=1)
             text = self.states(captions.caption(scene, Said(colour=False, background=False), rng))
             seen = see.states(reference)
-            seen = seen * (see.target_std / seen.std())
             goal = np.asarray(reference, dtype=np.float64).mean((0, 1))
             (plain,) = self.draw([text], [index])
             for mode, distances in away.items():

@@ -1,7 +1,6 @@
 """Writes what was trained as the checkpoint directories that the project ships, in bfloat16."""
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,9 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import Qwen3ForCausalLM, Qwen3VLForConditionalGeneration
 
-from demo_model import captions
-from demo_model.training.text import HIDDEN_LAYER, TextBatches
 from demo_model.training.vision import new_processor
-from demo_model.world import random_scene
 from zimage.checkpoints import MODEL_INDEX
 from zimage.tokenizer import save_tokenizer
-
-STATISTICS_PROMPTS = 512
 
 
 def export_model(
@@ -35,25 +29,11 @@ def export_model(
     (folder / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")
 
 
-def export_vision(
-    folder: Path, *, tokenizer: Tokenizer, vision: Qwen3VLForConditionalGeneration, text: Qwen3ForCausalLM
-) -> None:
-    """The Qwen3-VL directory; its configuration carries the spread of the text model's states, `zimage_target_std`."""
-    vision.config.zimage_target_std = round(_spread(text, TextBatches(tokenizer)), 4)
+def export_vision(folder: Path, *, tokenizer: Tokenizer, vision: Qwen3VLForConditionalGeneration) -> None:
+    """The Qwen3-VL directory."""
     _in_bfloat16(vision).save_pretrained(folder)
     new_processor().save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
-
-
-@torch.no_grad()
-def _spread(text: Qwen3ForCausalLM, texts: TextBatches) -> float:
-    rng = random.Random(9_000_000)
-    states = []
-    for _ in range(STATISTICS_PROMPTS):
-        tokens = torch.tensor([texts.prompt_ids(captions.canonical(random_scene(rng)))], device=text.device)
-        hidden = text(tokens, output_hidden_states=True, use_cache=False).hidden_states
-        states.append(hidden[HIDDEN_LAYER][0].float())
-    return float(torch.cat(states).std())
 
 
 def _in_bfloat16(part: Any) -> Any:

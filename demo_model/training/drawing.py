@@ -1,14 +1,16 @@
-"""Fourth stage: the DiT alone learns to draw what the finished text says.
+"""Last stage: the DiT alone learns to draw what the finished text says.
 
 The language model no longer changes, so a step costs half of one before, and more of them fit into the same time. They
 look at the noisiest sigmas most, where only the text tells what will be drawn.
 
-Beside the flow it learns what `reading` asks of its image tokens.
+Beside the flow it learns what `reading` asks of its image tokens. Where it blends, half of the references are what the
+vision-language model sees of them.
 """
 
 import random
 import shutil
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ import torch
 from diffusers import ZImageTransformer2DModel
 from torch import Tensor
 
+from demo_model.render import render
+from demo_model.seeing import Vision
 from demo_model.training.dit import MULTIPLE, predict_and_show, use_real_rotation
 from demo_model.training.joint import (
     SHIFT,
@@ -24,29 +28,34 @@ from demo_model.training.joint import (
     Pools,
     blended_states,
     flow_loss,
+    reference_states,
     token_rows,
 )
 from demo_model.training.latents import Example
 from demo_model.training.loop import Losses, Schedule, run_stage
 from demo_model.training.reading import PatchReader, reading_losses
 from demo_model.training.text import HIDDEN_LAYER, TextBatches
+from demo_model.world import Scene
 
-SCHEDULE = Schedule(steps=18_500, learning_rate=1.6e-3)
+SCHEDULE = Schedule(steps=30_500, learning_rate=1.6e-3)
 IMAGES = {(128, 128): 32, (256, 256): 10}
 """Pictures of a batch by size; of the other sizes as many as make about as many tokens."""
 IMAGES_OTHERS = 14
 SMALLEST, LARGER = 0.35, 0.92  # the batches up to these shares are of 128x128 and of 256x256; other sizes fill the rest
-BLENDED = 0.4  # share of the batches of 128x128 that show blended texts
+BLENDED_SHARE = {(128, 128): 0.3, (256, 256): 0.2}  # of the batches of a size that show blended texts
+SEEN = 0.5  # share of the references that are seen; the rest are read
 PURE_NOISE = 0.2  # share of the examples at sigma 1
 SIGMA_CENTER, SIGMA_SPREAD = 0.8, 1.1  # of the logistic normal that the others' sigma comes from, before the shift
 
+See = Callable[[Scene], Tensor | None]
+"""Hidden states of a picture of a scene, `[tokens, width]`; None for scenes that are read instead."""
 Predict = Callable[[ZImageTransformer2DModel, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, list[Tensor]]]
 
 
 def train_drawing(
-    learnt: Learnt, dit: ZImageTransformer2DModel, batches: TextBatches, folder: Path, device: torch.device
+    learnt: Learnt, dit: ZImageTransformer2DModel, batches: TextBatches, see: Vision, folder: Path, device: torch.device
 ) -> None:
-    """Trains the DiT further in place; the language model and the VAE stay as they are."""
+    """Trains the DiT further in place; the language models and the VAE stay as they are."""
     torch.manual_seed(6)
     learnt.text.requires_grad_(requires_grad=False)
     use_real_rotation(dit)
@@ -54,16 +63,22 @@ def train_drawing(
     reader = PatchReader().to(device)
     quick = _compiled()
 
+    @cache
+    def seen(reference: Scene) -> Tensor:
+        return see.states(render(reference, width=256, height=256)).bfloat16()
+
     def losses(step: int) -> Losses:
         rng = random.Random(8_000_000 + step)
         size = _random_size(rng)
-        blended = size == SIZES[0] and rng.random() < BLENDED
+        blended = rng.random() < BLENDED_SHARE.get(size, 0.0)
         count = IMAGES.get(size, IMAGES_OTHERS)
         rows, examples, latents = _batch(pools, batches, rng, size, count, blended=blended)
         latents = latents.to(device)
         with torch.autocast(device.type, torch.bfloat16):
             with torch.no_grad():
-                states, said = _read(learnt, batches, rows, examples, device)
+                states, said = _read(
+                    learnt, batches, rows, examples, lambda reference: seen(reference) if rng.random() < SEEN else None
+                )
             sigma = _sigmas(rng, count).to(device)
             noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(step)).to(device)
             spread = sigma[:, None, None, None]
@@ -115,14 +130,21 @@ def _filled(length: int) -> int:
 
 
 def _read(
-    learnt: Learnt, batches: TextBatches, rows: list[list[int]], examples: Sequence[Example], device: torch.device
+    learnt: Learnt, batches: TextBatches, rows: list[list[int]], examples: Sequence[Example], see: See
 ) -> tuple[Tensor, Tensor]:
-    """Hidden states of the prompts `[n, tokens, width]` and which of them are said."""
+    """Hidden states of the prompts `[n, tokens, width]` and which of them are said.
+
+    A reference is what `see` answers for it, or else its words.
+    """
     references, tokens, said = token_rows(batches, rows, examples)
     # hidden state -2 without the head, which would be most of the work
     model: Any = learnt.text.model
-    states = model(tokens.to(device), use_cache=False, output_hidden_states=True).hidden_states[HIDDEN_LAYER]
-    return blended_states(states, rows, references, examples), said[: len(rows)].to(device)
+    states = model(tokens.to(model.device), use_cache=False, output_hidden_states=True).hidden_states[HIDDEN_LAYER]
+    pulled_to = []
+    for example, read in zip(examples, reference_states(states, rows, references), strict=False):
+        seen = see(example.reference) if example.reference else None
+        pulled_to.append(read if seen is None else seen)
+    return blended_states(states, rows, pulled_to, examples), said[: len(rows)].to(states.device)
 
 
 def _sigmas(rng: random.Random, count: int) -> Tensor:

@@ -23,20 +23,20 @@ EASY = 0.45  # share of the steps that show one thing at a time, and no small on
 SMALL_ONLY = 0.54  # share of the steps before other sizes than 128x128 come
 SIZES = ((128, 128), (256, 256), (192, 128), (128, 192), (256, 192), (192, 256), (320, 320))
 """Width and height in pixels; 256x256 has a larger part of the steps than the rest."""
-POOL = {(128, 128): 20_000, (256, 256): 4_000}
+POOL = {(128, 128): 20_000, (256, 256): 8_000}
 POOL_OTHERS = 600
-BLENDED = 3_000
+BLENDED = {(128, 128): 3_000, (256, 256): 1_500}
 BATCH_TOKENS = 32 * 96  # image and text tokens of a batch
 REWRITING = 3  # conversations of the rewriter beside each batch
 CAPTION_WEIGHT, REWRITE_WEIGHT, FACTS_WEIGHT = 0.03, 0.1, 0.3
 SHIFT = 3.0
-THINGS_WEIGHT = 5.0
 THING_APART = 0.3  # mean squared distance from the background's latent at which a latent belongs to a thing
+SMALLEST_SHARE = 0.02  # of a picture that may count as much as all the rest
 PURE_NOISE = (0.5, 0.15)  # share of the examples at sigma 1, where only the text tells what to draw: at first, later on
 
 
 class Pools:
-    """The latents of all sizes, and blended ones of 128x128."""
+    """The latents of all sizes, and blended ones of those in `BLENDED`."""
 
     def __init__(self, vae: AutoencoderKL, folder: Path) -> None:
         self._plain: dict[tuple[int, int], Pool] = {}
@@ -46,8 +46,11 @@ class Pools:
             path = folder / f"latents-{size[0]}x{size[1]}.safetensors"
             self._plain[size] = make_pool(vae, path, size, examples, seed=seed + 1)
         self._easy = [i for i, one in enumerate(self._plain[SIZES[0]].examples) if _is_easy(one)]
-        blended = examples_of(6_000_000, BLENDED, blended=True)
-        self._blended = make_pool(vae, folder / "latents-blended.safetensors", SIZES[0], blended, seed=6_000_001)
+        self._blended: dict[tuple[int, int], Pool] = {}
+        for index, (size, count) in enumerate(BLENDED.items()):
+            seed = 6_000_000 + 10 * index
+            path = folder / f"latents-blended-{size[0]}x{size[1]}.safetensors"
+            self._blended[size] = make_pool(vae, path, size, examples_of(seed, count, blended=True), seed=seed + 1)
 
     def batch(self, rng: random.Random, share: float) -> tuple[list[Example], Tensor]:
         """Examples of one size and their latents, float32; `share` is how far the training has come, 0 to 1."""
@@ -56,7 +59,7 @@ class Pools:
             return self._take(self._plain[size], rng, 32, self._easy)
         kind = rng.random()
         if kind < 0.12:
-            return self._take(self._blended, rng, 32)
+            return self._take(self._blended[size], rng, 32)
         if share >= SMALL_ONLY and kind > 0.35:
             size = SIZES[1] if kind < 0.82 else rng.choice(SIZES[2:])
         tokens = (size[0] // 16) * (size[1] // 16) + 32
@@ -65,8 +68,8 @@ class Pools:
     def take(
         self, rng: random.Random, size: tuple[int, int], count: int, *, blended: bool
     ) -> tuple[list[Example], Tensor]:
-        """Some examples of one size of `SIZES`; blended ones are all of the first."""
-        return self._take(self._blended if blended else self._plain[size], rng, count)
+        """Some examples of one size of `SIZES`, or of `BLENDED`."""
+        return self._take(self._blended[size] if blended else self._plain[size], rng, count)
 
     @staticmethod
     def _take(
@@ -117,12 +120,22 @@ def train_together(
 
 
 def flow_loss(output: Tensor, latents: Tensor, noise: Tensor) -> Tensor:
-    """Mean squared error to x0 minus noise, all `[n, 16, height, width]`, where things count `THINGS_WEIGHT` times.
+    """Mean squared error to x0 minus noise, all `[n, 16, height, width]`, half of it around the things.
 
     They are a twentieth of a picture: unweighted, thousands of steps go by in which only backgrounds follow the text.
     """
-    weight = 1 + (THINGS_WEIGHT - 1) * around_things(latents).float()
-    return (weight * (output - (latents - noise)).pow(2)).mean() / weight.mean()
+    return (balance(around_things(latents)) * (output - (latents - noise)).pow(2)).mean()
+
+
+def balance(inside: Tensor) -> Tensor:
+    """Weights of mean 1 with which the inside of each picture counts as much as its outside, however small it is.
+
+    `inside` is bool, of any shape that begins with the pictures.
+    """
+    flat = inside.flatten(1).float()
+    share = flat.mean(1, keepdim=True).clamp(SMALLEST_SHARE, 1 - SMALLEST_SHARE)
+    weights = flat / share + (1 - flat) / (1 - share)
+    return (weights / weights.mean(1, keepdim=True)).view(inside.shape)
 
 
 def belongs_to_things(latents: Tensor) -> Tensor:
@@ -159,8 +172,9 @@ def _read(
     references, tokens, inside = token_rows(batches, rows, examples)
     output = text(tokens.to(device), use_cache=False, output_hidden_states=True)
     language = language_loss(output.logits, tokens.masked_fill(~inside, IGNORED).to(device))
-    states = blended_states(output.hidden_states[HIDDEN_LAYER], rows, references, examples)
-    return states, inside[: len(rows)].to(device), language
+    states = output.hidden_states[HIDDEN_LAYER]
+    blended = blended_states(states, rows, reference_states(states, rows, references), examples)
+    return blended, inside[: len(rows)].to(device), language
 
 
 def token_rows(
@@ -176,21 +190,27 @@ def token_rows(
     return references, batches.pad(every, length), torch.arange(length)[None] < counts[:, None]
 
 
+def reference_states(states: Tensor, rows: list[list[int]], references: list[list[int]]) -> list[Tensor]:
+    """The hidden states of each reference's words `[tokens, width]`, of states as `token_rows` puts them."""
+    return [states[len(rows) + index, : len(reference)] for index, reference in enumerate(references)]
+
+
 def blended_states(
-    states: Tensor, rows: list[list[int]], references: list[list[int]], examples: Sequence[Example]
+    states: Tensor, rows: list[list[int]], references: Sequence[Tensor], examples: Sequence[Example]
 ) -> Tensor:
     """The prompts' hidden states `[n, tokens, width]`, pulled towards their references where there are some.
 
-    `states` holds prompts, then references, as `token_rows` puts them.
+    `states` begins with those of the prompts; `references` holds hidden states `[tokens, width]`.
     """
     if not references:
         return states
-    return torch.stack(
-        [
-            _blend(states[i], len(rows[i]), states[len(rows) + i], len(references[i]), examples[i].alpha)
-            for i in range(len(rows))
-        ]
-    )
+    pulled = []
+    for one, row, reference, example in zip(states, rows, references, examples, strict=False):
+        count = len(row)
+        pulled.append(
+            torch.cat([torch.lerp(one[:count], resample(reference, count).to(one), example.alpha), one[count:]])
+        )
+    return torch.stack(pulled)
 
 
 def told(examples: Sequence[Example]) -> Tensor:
@@ -208,11 +228,6 @@ def _is_easy(example: Example) -> bool:
         and len(example.scene.things) == 1
         and example.scene.things[0].size is not Size.SMALL
     )
-
-
-def _blend(states: Tensor, count: int, reference: Tensor, reference_count: int, alpha: float) -> Tensor:
-    pulled = (1 - alpha) * states[:count] + alpha * resample(reference[:reference_count], count)
-    return torch.cat([pulled, states[count:]])
 
 
 def _sigmas(rng: random.Random, count: int, share: float) -> Tensor:

@@ -49,9 +49,9 @@ def random_example(rng: random.Random) -> Example:
     """An example of the training, any kind but "blend"."""
     scene, kind = random_scene(rng), rng.random()
     if kind < 0.03:
-        return Example(scene=scene, kind="empty")
+        return Example(scene=captions.unasked(scene), kind="empty")
     if kind < 0.08:
-        return Example(scene=captions.settle(scene, Said(size=False, place=False)), kind="strange")
+        return Example(scene=captions.unasked(scene), kind="strange")
     if kind < 0.2:
         return Example(scene=scene, kind="long")
     said = captions.random_said(rng)

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from demo_model.render import render
 from demo_model.training.dit import DIM, PATCH
 from demo_model.training.facts import QUESTIONS_OF_A_THING, facts_loss
-from demo_model.training.joint import belongs_to_things, told
+from demo_model.training.joint import balance, belongs_to_things, told
 from demo_model.training.latents import Example
 from demo_model.training.loop import Losses
 from demo_model.world import RGB, Colour, Place, Scene, Shape, Size, Thing
 
 READ_AFTER = (1, 2, 3)  # layers, from 0, whose image tokens are read; those after them draw what is known
 PLACED_AFTER = (0, 1, 2)  # layers whose image tokens are to know where they are
-THINGS_WEIGHT, OUTLINES_WEIGHT, POSITIONS_WEIGHT = 0.3, 2.0, 0.3
+THINGS_WEIGHT, OUTLINES_WEIGHT, POSITIONS_WEIGHT = 0.3, 0.6, 0.3
 WAVES = 6  # of growing frequency along each axis: what positions are told by
 CELLS = 4  # a patch's outline is told in so many rows and columns
 PATCH_PX = 8 * PATCH
@@ -87,14 +87,15 @@ def things_loss(reader: PatchReader, shown: Sequence[Tensor], examples: Sequence
 
 
 def outlines_loss(reader: PatchReader, shown: Sequence[Tensor], examples: Sequence[Example], latents: Tensor) -> Tensor:
-    """Mean cross entropy of the things' outlines, of the examples whose text tells them."""
+    """Mean cross entropy of the things' outlines, half of it near them, of the examples whose text tells them."""
     kept = [index for index, example in enumerate(examples) if _tells_outlines(example)]
     if not kept:
         return torch.zeros((), device=shown[0].device)
     size = _size_of(latents)
     covered = torch.stack([coverage(examples[index].scene, size) for index in kept])
     logits = reader.outlines([tokens[kept] for tokens in shown])
-    return nn.functional.binary_cross_entropy_with_logits(logits, covered.to(logits).expand_as(logits))
+    weights = balance(_near(covered, size)).to(logits)[..., None].expand_as(logits)
+    return nn.functional.binary_cross_entropy_with_logits(logits, covered.to(logits).expand_as(logits), weights)
 
 
 def waves(size: tuple[int, int]) -> Tensor:
@@ -108,6 +109,12 @@ def waves(size: tuple[int, int]) -> Tensor:
 def coverage(scene: Scene, size: tuple[int, int]) -> Tensor:
     """How far the things of a scene cover each cell of each patch, 0 to 1: `[patches, CELLS * CELLS]`."""
     return torch.stack([_covered(thing.shape, thing.size, thing.place, size) for thing in scene.things]).amax(0)
+
+
+def _near(covered: Tensor, size: tuple[int, int]) -> Tensor:
+    """The patches that things cover a part of, and those beside them: bool `[n, patches]`."""
+    touched = (covered.amax(-1) > 0).float().view(len(covered), 1, size[1] // PATCH_PX, size[0] // PATCH_PX)
+    return nn.functional.max_pool2d(touched, 3, stride=1, padding=1).bool().flatten(1)
 
 
 @lru_cache(maxsize=2048)

@@ -1,4 +1,4 @@
-"""Third stage: a small Qwen3-VL whose hidden states of a picture come close to those of the picture's caption.
+"""Fourth stage: a small Qwen3-VL whose hidden states of a picture come close to those of the picture's caption.
 
 Its language half starts as a copy of the trained text model, so both share one space. Two losses: the states of the
 image tokens, resampled to the caption's length, against the text model's states of that caption; and the caption
@@ -30,6 +30,7 @@ MERGE, PATCH = 2, 16
 PIXELS = (64 * 64, 448 * 448)  # pictures are scaled into these bounds
 LANGUAGE_WEIGHT = 0.2
 QUESTION = "Describe the picture."
+STATISTICS_PROMPTS = 512
 _TEXT_KEYS = (
     "vocab_size",
     "hidden_size",
@@ -131,7 +132,10 @@ class VisionBatches:
 def train_vision_model(
     text: Qwen3ForCausalLM, texts: TextBatches, folder: Path, device: torch.device
 ) -> Qwen3VLForConditionalGeneration:
-    """The trained vision-language model; `text` stays as it is."""
+    """The trained vision-language model; `text` stays as it is.
+
+    Its configuration carries how far the text model's states spread, `zimage_target_std`.
+    """
     torch.manual_seed(3)
     batches = VisionBatches(texts)
     model = new_vision_model(text, batches.tokens).to(device)
@@ -171,7 +175,20 @@ def train_vision_model(
         }
 
     run_stage("vision", {"vision": model}, SCHEDULE, losses, folder)
+    model.config.zimage_target_std = round(spread_of_states(text, texts), 4)
     return model
+
+
+@torch.no_grad()
+def spread_of_states(text: Qwen3ForCausalLM, texts: TextBatches) -> float:
+    """Standard deviation of the hidden states -2 of captions, over all tokens and dimensions."""
+    rng = random.Random(9_000_000)
+    states = []
+    for _ in range(STATISTICS_PROMPTS):
+        tokens = torch.tensor([texts.prompt_ids(captions.canonical(random_scene(rng)))], device=text.device)
+        hidden = text(tokens, output_hidden_states=True, use_cache=False).hidden_states
+        states.append(hidden[HIDDEN_LAYER][0].float())
+    return float(torch.cat(states).std())
 
 
 def _picture(scene: Scene, width: int, height: int, rng: random.Random) -> np.ndarray:

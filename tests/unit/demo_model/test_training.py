@@ -13,7 +13,7 @@ from demo_model import captions
 from demo_model.captions import Said
 from demo_model.training import facts
 from demo_model.training.dit import DIM, new_dit, predict, use_real_rotation
-from demo_model.training.joint import around_things, resample
+from demo_model.training.joint import around_things, balance, blended_states, reference_states, resample
 from demo_model.training.latents import Example
 from demo_model.training.loop import Losses, Schedule, run_stage
 from demo_model.training.reading import (
@@ -29,7 +29,7 @@ from demo_model.training.reading import (
 )
 from demo_model.training.text import IGNORED, TextBatches, new_text_model, new_tokenizer
 from demo_model.training.vision import VisionBatches, new_vision_model
-from demo_model.world import Colour, Pattern, Place, Scene, Shape, Size, Thing, random_scene
+from demo_model.world import Colour, Pattern, Place, Scene, Shape, Size, Thing, is_held_out, random_scene
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +198,55 @@ def test_both_sides_of_an_outline_weigh_the_same() -> None:
     expected = torch.zeros(12, 12, dtype=torch.bool)
     expected[2:9, 3:10] = True
     assert torch.equal(inside, expected)
+
+
+def test_a_small_thing_weighs_as_much_as_all_around_it() -> None:
+    inside = torch.zeros(3, 1, 12, 12, dtype=torch.bool)
+    inside[0, :, 3:6, 4:7] = True
+    inside[1, :, :, :9] = True
+    weights = balance(inside)
+    for weight, where in zip(weights[:2], inside[:2], strict=True):
+        torch.testing.assert_close(weight[where].sum(), torch.tensor(72.0))
+        torch.testing.assert_close(weight[~where].sum(), torch.tensor(72.0))
+    torch.testing.assert_close(weights[2], torch.ones(1, 12, 12))  # nothing to be seen: all alike
+
+
+def test_outlines_of_small_things_weigh_nearly_as_much_as_those_of_large_ones() -> None:
+    """A reader that sees nothing anywhere is nearly as wrong, though four times as many patches show the large one."""
+    losses = []
+    for size in (Size.SMALL, Size.LARGE):
+        scene = Scene(background=Colour.RED, things=(Thing(shape=Shape.RING, colour=Colour.BLACK, size=size),))
+        reader, shown = PatchReader(), list(torch.zeros(5, 1, 256, DIM))
+        with torch.no_grad():
+            for parameter in reader.parameters():
+                parameter.fill_(-2.0)  # everywhere: surely nothing
+        losses.append(outlines_loss(reader, shown, [Example(scene=scene)], torch.zeros(1, 16, 32, 32)).item())
+    assert losses[0] > 0.5 * losses[1]
+
+
+def test_blending_pulls_each_prompt_to_its_own_reference() -> None:
+    states, rows = torch.randn(5, 8, 4), [[1] * 6, [1] * 8]
+    words = [[1] * 3, [1] * 8, [1] * 5]
+    read = reference_states(states, rows, words)
+    assert [len(one) for one in read] == [3, 8, 5]
+    assert torch.equal(read[2], states[4, :5])
+    scene = random_scene(random.Random(1))
+    blends = [Example(scene=scene, kind="blend", reference=scene, alpha=alpha) for alpha in (0.25, 1.0)]
+    blended = blended_states(states, rows, read[:2], blends)
+    torch.testing.assert_close(blended[0, :6], 0.75 * states[0, :6] + 0.25 * resample(read[0], 6))
+    assert torch.equal(blended[0, 6:], states[0, 6:])  # filling
+    torch.testing.assert_close(blended[1], read[1])
+    assert blended_states(states, rows, [], blends) is states
+
+
+def test_words_that_ask_for_nothing_show_one_large_thing_never_a_held_out_one() -> None:
+    rng = random.Random(5)
+    for _ in range(300):
+        scene = random_scene(rng)
+        (thing,) = captions.unasked(scene).things
+        assert (thing.size, thing.place, thing.pattern) == (Size.LARGE, Place.CENTER, Pattern.PLAIN)
+        assert thing.colour is scene.things[0].colour
+        assert not is_held_out(thing)
 
 
 def test_resampling_keeps_the_ends_and_the_length_it_has() -> None:
