@@ -47,7 +47,7 @@ def train(
     reader = teach_facts(text, texts, work_dir, place)
     learnt = Learnt(text=text, reader=reader, vae=vae)
     dit = train_together(learnt, texts, work_dir, place)
-    vision = train_vision_model(text, texts, work_dir, place)
+    vision = train_vision_model(text, reader, texts, work_dir, place)
     see = Vision(vision, new_processor(), texts.ids)
     train_drawing(learnt, dit, texts, see, work_dir, place)
     export(output_dir, tokenizer=tokenizer, vae=vae, text=text, dit=dit, vision=vision)

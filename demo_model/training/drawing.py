@@ -37,12 +37,12 @@ from demo_model.training.reading import PatchReader, reading_losses
 from demo_model.training.text import HIDDEN_LAYER, TextBatches
 from demo_model.world import Scene
 
-SCHEDULE = Schedule(steps=30_500, learning_rate=1.6e-3)
+SCHEDULE = Schedule(steps=29_500, learning_rate=1.6e-3)
 IMAGES = {(128, 128): 32, (256, 256): 10}
 """Pictures of a batch by size; of the other sizes as many as make about as many tokens."""
 IMAGES_OTHERS = 14
 SMALLEST, LARGER = 0.35, 0.92  # the batches up to these shares are of 128x128 and of 256x256; other sizes fill the rest
-BLENDED_SHARE = {(128, 128): 0.3, (256, 256): 0.2}  # of the batches of a size that show blended texts
+BLENDED_SHARE = {(128, 128): 0.35, (256, 256): 0.3}  # of the batches of a size that show blended texts
 SEEN = 0.5  # share of the references that are seen; the rest are read
 PURE_NOISE = 0.2  # share of the examples at sigma 1
 SIGMA_CENTER, SIGMA_SPREAD = 0.8, 1.1  # of the logistic normal that the others' sigma comes from, before the shift

@@ -28,7 +28,7 @@ from demo_model.training.reading import (
     waves,
 )
 from demo_model.training.text import IGNORED, TextBatches, new_text_model, new_tokenizer
-from demo_model.training.vision import VisionBatches, new_vision_model
+from demo_model.training.vision import VisionBatches, in_reading_order, new_vision_model
 from demo_model.world import Colour, Pattern, Place, Scene, Shape, Size, Thing, is_held_out, random_scene
 
 
@@ -255,6 +255,13 @@ def test_resampling_keeps_the_ends_and_the_length_it_has() -> None:
     short = resample(states, 20)
     assert short.shape == (20, 8)
     torch.testing.assert_close(short[[0, -1]], states[[0, -1]])
+
+
+def test_a_picture_is_told_from_the_top_left_to_the_bottom_right() -> None:
+    star = Thing(shape=Shape.STAR, colour=Colour.RED, place=Place.BOTTOM_LEFT)
+    ring = Thing(shape=Shape.RING, colour=Colour.BLUE, place=Place.TOP_RIGHT)
+    one, other = (Scene(background=Colour.WHITE, things=things) for things in ((star, ring), (ring, star)))
+    assert in_reading_order(one) == in_reading_order(other) == other
 
 
 def test_the_vision_model_starts_as_the_text_model(tokenizer: Tokenizer) -> None:
