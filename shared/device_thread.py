@@ -8,7 +8,7 @@ from typing import Generic, Protocol, TypeVar
 import structlog
 
 from shared.checkpoint import UnusableModel
-from shared.errors import Unready
+from shared.errors import DeviceFailed, NotBegun, Unready
 
 EXIT_UNUSABLE_MODEL = 78
 EXIT_DEVICE_FAILED = 70  # EX_SOFTWARE of sysexits.h: a new process may do better
@@ -16,6 +16,16 @@ EXIT_DEVICE_FAILED = 70  # EX_SOFTWARE of sysexits.h: a new process may do bette
 M = TypeVar("M")
 M_contra = TypeVar("M_contra", contravariant=True)
 log = structlog.get_logger(__name__)
+
+
+def device_failed() -> DeviceFailed:
+    """What is told to those whose work was under way when the device was lost."""
+    return DeviceFailed("The device failed while it worked on this request; the service starts anew.", retry_after_s=5)
+
+
+def not_begun() -> NotBegun:
+    """What is told to those who still waited."""
+    return NotBegun("The device failed before it had begun this request; the service starts anew.", retry_after_s=5)
 
 
 class Tick(Protocol[M_contra]):
@@ -28,13 +38,20 @@ class Tick(Protocol[M_contra]):
 class DeviceThread(Generic[M]):
     """Loads a model in a thread of its own, then calls `tick` there as long as there is work.
 
-    `on_failure` is called with an exit status when the model cannot be loaded or a tick breaks: the process should end.
+    When a tick breaks, `on_loss` ends all that waits: the process will stop, but not before its requests are answered.
+    `on_failure` is called with an exit status then, and when the model cannot be loaded: the process should end.
     """
 
     def __init__(
-        self, name: str, *, load: Callable[[], M], tick: Tick[M], on_failure: Callable[[int], None] | None = None
+        self,
+        name: str,
+        *,
+        load: Callable[[], M],
+        tick: Tick[M],
+        on_loss: Callable[[], None] | None = None,
+        on_failure: Callable[[int], None] | None = None,
     ) -> None:
-        self._load, self._tick, self._on_failure = load, tick, on_failure
+        self._load, self._tick, self._on_loss, self._on_failure = load, tick, on_loss, on_failure
         self._model: M | None = None
         self._reason: str | None = "the model is being loaded"
         self._stopping = False
@@ -97,6 +114,8 @@ class DeviceThread(Generic[M]):
             except Exception:  # the thread's outermost frame: nobody above could log it
                 self._fail(EXIT_DEVICE_FAILED, "the device failed")
                 log.exception("the device's thread failed, the process ends")
+                if self._on_loss is not None:
+                    self._on_loss()
                 return
 
     def _fail(self, exit_code: int, reason: str) -> None:

@@ -60,9 +60,12 @@ def _naming(service: str) -> Processor:
 
 
 def _console_rendering() -> list[Processor]:
-    return [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+    # plain, as the pretty ones show locals, which hold prompts, keys and megabytes
+    return [
+        structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)
+    ]
 
 
 def _json_rendering() -> list[Processor]:
-    traces = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)  # locals hold prompts, keys and megabytes
+    traces = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
     return [structlog.processors.ExceptionRenderer(traces), structlog.processors.JSONRenderer()]

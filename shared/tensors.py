@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from shared.checkpoint import UnusableModel
+from shared.errors import OutOfMemory
 from shared.settings import Device, Dtype, Quantization
 from shared.wire import Header, TensorMeta, build_header
 
@@ -22,6 +23,8 @@ DEVICE_ERROR = torch.AcceleratorError
 INSTALL_TORCHAO = "install it with `uv pip install 'zimage-server[quantization]'`"
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+
+T = TypeVar("T")
 
 
 def to_chunks(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> list[memoryview]:
@@ -141,6 +144,19 @@ def require_memory(device: torch.device, needed: int, *, what: str, advice: str)
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation on a device failed; what is there is as it was, and less may still fit."""
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY)
+
+
+def within_memory(device: torch.device, work: Callable[[], T], *, what: str) -> T:
+    """Does the work for a `what`. Raises OutOfMemory once nothing holds on to the work's tensors any more."""
+    try:
+        return work()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    # Here the error is gone, and with it the frames that held the tensors.
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    raise OutOfMemory(f"The device has too little free memory for this {what}.", retry_after_s=10)
 
 
 def total_memory(device: torch.device) -> int | None:

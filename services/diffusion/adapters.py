@@ -57,8 +57,12 @@ class Adapters:
 
     def fit(self, names: Iterable[str]) -> bool:
         """Whether these may be on the device at once."""
+        return self.bytes_of(names) <= self._max_bytes
+
+    def bytes_of(self, names: Iterable[str]) -> int:
+        """What these take on the device."""
         wanted = set(names)
-        return not wanted or self.shelf.bytes_of(wanted, self._item_bytes) <= self._max_bytes
+        return self.shelf.bytes_of(wanted, self._item_bytes) if wanted else 0
 
     def load(self, loras: Sequence[Lora], *, in_use: Iterable[str] = ()) -> None:
         """Brings these to the device, and takes others off it except those `in_use` until there is room.

@@ -12,10 +12,13 @@ from services.diffusion.loading import limits_of, load_zimage
 from services.diffusion.model import ZImageModel
 from services.diffusion.routes import router
 from services.diffusion.settings import DiffusionSettings
+from shared.bodies import BodyLimits
 from shared.health import Metrics
 from shared.service import create_service
 
 MAX_BODY_BYTES = 512 << 20  # embeddings of 40,960 tokens and their negative, in bfloat16 at width 2560, and a little
+USUAL_BODY_BYTES = 16 << 20  # a prompt of 512 tokens has 2.6 MB; larger bodies share `LARGE_BODIES_BYTES`
+LARGE_BODIES_BYTES = 2 << 30
 DESCRIPTION = "Turns the hidden states of a prompt into a PNG, step by step."
 
 
@@ -57,7 +60,7 @@ def create_app(settings: DiffusionSettings, *, model: ZImageModel | None = None)
         routers=[router],
         readiness=engine.device.unready_reason,
         metrics=metrics,
-        max_body_bytes=MAX_BODY_BYTES,
+        max_body_bytes=BodyLimits(USUAL_BODY_BYTES, {"/v1/generate": MAX_BODY_BYTES}, LARGE_BODIES_BYTES),
         token=settings.token,
     )
     return app

@@ -16,7 +16,7 @@ from services.diffusion.png import encode_png, encode_preview, encode_thumbnail
 from services.diffusion.shapes import Lora, Shape, shape_of
 from services.diffusion.shelf import ShelfLora
 from services.diffusion.stepping import StepScheduler
-from shared.device_thread import DeviceThread
+from shared.device_thread import DeviceThread, device_failed, not_begun
 from shared.errors import Cancelled, InvalidField, NotBegun, UnknownName, Unready, UpstreamTimeout
 from shared.schemas.diffusion import NEGATIVE, TEXT
 
@@ -49,7 +49,9 @@ class DiffusionEngine:
         self._memory_bytes = memory_bytes
         self._png_compression = png_compression
         self._encoders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="png")
-        self.device = DeviceThread("diffusion", load=load, tick=self.pictures.tick, on_failure=on_failure)
+        self.device = DeviceThread(
+            "diffusion", load=load, tick=self.pictures.tick, on_loss=self._refuse, on_failure=on_failure
+        )
 
     @property
     def facts(self) -> ModelFacts:
@@ -109,6 +111,9 @@ class DiffusionEngine:
             NotBegun("The service is stopping; it had not begun this picture.", retry_after_s=5),
         )
         self._encoders.shutdown(wait=False, cancel_futures=True)
+
+    def _refuse(self) -> None:
+        self.pictures.refuse_all(device_failed(), not_begun())
 
     def _check_size(self, model: ZImageModel, shape: Shape) -> None:
         """Raises InvalidField for a picture that this device could not make even if it had nothing else to do."""

@@ -36,7 +36,8 @@ class Measured:
 @dataclass(slots=True, kw_only=True)
 class Footprint:
     """Memory of the work on one model. Widths are in numbers, item sizes in bytes; `decode_pixels` of several pictures
-    are decoded at once."""
+    are decoded at once. Larger pictures than `tiling_pixels` are decoded in tiles, and were when it was measured; where
+    there is less memory, larger ones than `tiled_above`, which `tile_within` finds."""
 
     width: int
     text_width: int
@@ -47,6 +48,18 @@ class Footprint:
     decode_pixels: int = 0
     measured: Measured = field(default_factory=Measured)
     distrust: float = 1.0
+    tiled_above: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tiled_above = self.tiling_pixels
+
+    def tile_within(self, room: int) -> None:
+        """Decodes in tiles what cannot be decoded whole within `room` bytes: slower, but it can be drawn."""
+        low, high = 0, self.tiling_pixels
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self._decode_whole(middle) <= room else (low, middle - 1)
+        self.tiled_above = low
 
     def step(self, tokens: int) -> int:
         """Bytes of a forward of so many tokens, all its items together."""
@@ -55,11 +68,19 @@ class Footprint:
 
     def decode(self, pixels: int) -> int:
         """Bytes of a decoding of so many pixels at once."""
-        tiled = pixels > self.tiling_pixels
-        points = {size: taken for size, taken in self.measured.decode.items() if (size > self.tiling_pixels) == tiled}
-        at_once = min(pixels, TILE_PX**2) + pixels // self.vae_width if tiled and not points else pixels
-        formula = DECODE_FACTOR * self.vae_width * self.vae_item_bytes
-        return int(_estimate(points, at_once, formula))
+        if pixels <= self.tiled_above:
+            return self._decode_whole(pixels)
+        points = {size: taken for size, taken in self.measured.decode.items() if size > self.tiling_pixels}
+        at_once = pixels if points else min(pixels, TILE_PX**2) + pixels // self.vae_width
+        return int(_estimate(points, at_once, self._decode_formula))
+
+    def _decode_whole(self, pixels: int) -> int:
+        points = {size: taken for size, taken in self.measured.decode.items() if size <= self.tiling_pixels}
+        return int(_estimate(points, pixels, self._decode_formula))
+
+    @property
+    def _decode_formula(self) -> float:
+        return DECODE_FACTOR * self.vae_width * self.vae_item_bytes
 
     def held(self, shape: Shape) -> int:
         """Bytes that a picture holds from its first step to its last: latents and embeddings."""

@@ -98,6 +98,7 @@ class PictureJob(Job[Drawn]):
         self.place = 0
         self.begun_at = 0.0
         self._first_shape = shape
+        self._steps_done = 0  # when it was let go
         self._news: asyncio.Queue[News | None] = asyncio.Queue()
 
     @property
@@ -113,12 +114,16 @@ class PictureJob(Job[Drawn]):
     @property
     def step(self) -> int:
         """Steps that are done."""
-        return 0 if self.denoising is None else self.denoising.step
+        return self._steps_done if self.denoising is None else self.denoising.step
 
     def begin(self, denoising: Denoising, turn: int) -> None:
         """It is in the making from now on."""
         self.denoising, self.turn, self.begun_at = denoising, turn, time.monotonic()
         self.timings.queue = self.begun_at - self.created_at
+
+    def let_go(self) -> None:
+        """Its latents, embeddings and LoRAs are needed no more, however long its client takes to read the rest."""
+        self._steps_done, self.denoising = self.step, None
 
     def wants_sketch(self) -> bool:
         """A preview is due after the step that is done, and the client keeps up with the news."""

@@ -101,6 +101,9 @@ def assemble(
         cores=Cores(_cores(settings, device)),
     )
     model = ZImageModel(parts, footprint_of(transformer, vae, settings, read_measured(settings)))
+    room = settings.diffusion_memory_bytes or model.capacity_bytes
+    if room is not None:
+        model.footprint.tile_within(room)
     if settings.compile:
         try_compiled(lambda: _rehearse(model, settings))
     return model

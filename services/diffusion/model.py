@@ -23,9 +23,9 @@ from services.diffusion.guidance import guide, guided_steps
 from services.diffusion.preview import PreviewMap
 from services.diffusion.schedule import first_noise, make_scheduler
 from services.diffusion.shapes import Lora, Shape, padded
-from shared.errors import InvalidField, OutOfMemory
+from shared.errors import InvalidField
 from shared.schemas.diffusion import DiffusionParameters
-from shared.tensors import free_memory, from_message, is_out_of_memory, total_memory
+from shared.tensors import free_memory, from_message, total_memory, within_memory
 from shared.wire import Header
 
 TRAIN_STEPS = 1000  # the model sees (1000 - t) / 1000
@@ -73,15 +73,17 @@ class ZImageModel:
     def __init__(self, parts: Parts, footprint: Footprint) -> None:
         self.parts = parts
         self._transformer, self._vae = transformer, vae = parts.transformer, parts.vae
+        self._dtype: torch.dtype = transformer.dtype  # diffusers looks through every weight to tell it
         self._cell_px = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels a side of one latent cell
         self._live: WeakSet[Denoising] = WeakSet()
         self.adapters = parts.adapters
         self.footprint = footprint
+        self._counted_loras: set[str] = set()  # which `free_bytes` found on the device
         total = total_memory(parts.device)
         self.capacity_bytes = None if total is None else total - parts.weight_bytes
         self.facts = ModelFacts(
             device=str(parts.device),
-            dtype=str(transformer.dtype).removeprefix("torch."),
+            dtype=str(self._dtype).removeprefix("torch."),
             text_width=transformer.config.cap_feat_dim,
             text_limit=text_limit(transformer.config.axes_lens[0]),
         )
@@ -110,7 +112,7 @@ class ZImageModel:
 
         Raises InvalidField for a LoRA that cannot be used, and OutOfMemory.
         """
-        return self._within_memory(partial(self._start, parameters, text, negative, loras, references))
+        return self._in_memory(partial(self._start, parameters, text, negative, loras, references))
 
     @torch.inference_mode()
     def step(self, group: Sequence[Denoising]) -> Sequence[Denoising]:
@@ -119,7 +121,7 @@ class ZImageModel:
         Answers those whose numbers overflowed. Raises OutOfMemory; then no picture of the group has changed.
         """
         self.adapters.use(group[0].loras)
-        velocities, latents, finite = self._within_memory(partial(self._moved, group))
+        velocities, latents, finite = self._in_memory(partial(self._moved, group))
         for picture, velocity, moved in zip(group, velocities, latents, strict=True):
             picture.latents, picture.velocity = moved, velocity
             picture.step += 1
@@ -129,7 +131,7 @@ class ZImageModel:
     def decode(self, pictures: Sequence[Denoising]) -> Sequence[Any]:
         """Finished pictures of one size, each as a numpy array uint8 [height, width, 3], or None where its numbers
         overflowed. Raises OutOfMemory."""
-        return self._within_memory(partial(self._decode, pictures))
+        return self._in_memory(partial(self._decode, pictures))
 
     @torch.inference_mode()
     def preview(self, picture: Denoising) -> Any:
@@ -138,7 +140,7 @@ class ZImageModel:
         The step's velocity points from the noise to where the model expects the picture. None without a map. Raises
         OutOfMemory.
         """
-        return self._within_memory(partial(self._preview, picture))
+        return self._in_memory(partial(self._preview, picture))
 
     def rehearse(self, parameters: DiffusionParameters, *, tokens: int, pictures: int = 1) -> None:
         """Makes one step of pictures that nobody asked for. Raises what the forward raises."""
@@ -147,11 +149,15 @@ class ZImageModel:
 
     def fits(self, shapes: Sequence[Shape], free_bytes: int | None) -> bool:
         """Whether pictures of these shapes can be in the making at once, LoRAs and all."""
-        loras_fit = self.adapters.fit({name for shape in shapes for name, _ in shape.loras})
-        return loras_fit and (free_bytes is None or self.footprint.together(shapes) <= free_bytes)
+        loras = {name for shape in shapes for name, _ in shape.loras}
+        if not self.adapters.fit(loras):
+            return False
+        taken = self.footprint.together(shapes) + self.adapters.bytes_of(loras - self._counted_loras)
+        return free_bytes is None or taken <= free_bytes
 
     def free_bytes(self) -> int | None:
-        """What the device has free, None where that cannot be told."""
+        """What the device has free beside the LoRAs that are there, None where that cannot be told."""
+        self._counted_loras = set(self.adapters.loaded)
         return free_memory(self.parts.device)
 
     def check_device(self) -> None:
@@ -244,14 +250,14 @@ class ZImageModel:
         latents = torch.stack([picture.latents for picture in pictures])
         latents = latents.to(device=self.parts.vae_device, dtype=self._vae.dtype)
         latents = (latents / config.scaling_factor) + config.shift_factor
-        self._vae.use_tiling = pictures[0].shape.pixels > self.footprint.tiling_pixels
+        self._vae.use_tiling = pictures[0].shape.pixels > self.footprint.tiled_above
         images: torch.Tensor = self._vae.decode(latents, return_dict=False)[0]
         return list(images)
 
     def _velocities(self, group: Sequence[Denoising]) -> list[torch.Tensor]:
         """Where each picture moves, float32 [channels, height, width]."""
         guided = [picture for picture in group if picture.guides]
-        latents = [picture.latents.to(self._transformer.dtype).unsqueeze(1) for picture in (*group, *guided)]
+        latents = [picture.latents.to(self._dtype).unsqueeze(1) for picture in (*group, *guided)]
         captions = [picture.text for picture in group] + [p.negative for p in guided if p.negative is not None]
         times = [picture.scheduler.timesteps[picture.step] for picture in (*group, *guided)]
         outputs = self._predict(latents, (TRAIN_STEPS - torch.stack(times)) / TRAIN_STEPS, captions)
@@ -286,16 +292,7 @@ class ZImageModel:
         fitted = fit(embeddings.to(device), self.facts.text_limit, parameters.long_prompt_mode)
         if parameters.blending is not None:
             fitted = blend(fitted, [reference.to(device) for reference in references], parameters.blending)
-        return fitted.to(self._transformer.dtype)
+        return fitted.to(self._dtype)
 
-    def _within_memory(self, work: Callable[[], T]) -> T:
-        """Does the work; turns the device's error into ours once nothing holds on to the work's tensors any more."""
-        try:
-            return work()
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-        # Here the error is gone, and with it the frames that held the tensors.
-        if self.parts.device.type == "cuda":
-            torch.cuda.empty_cache()
-        raise OutOfMemory("The device has too little free memory for this picture.", retry_after_s=10)
+    def _in_memory(self, work: Callable[[], T]) -> T:
+        return within_memory(self.parts.device, work, what="picture")

@@ -16,9 +16,7 @@ from services.diffusion.jobs import Drawn, PictureJob, Sketch, Waits
 from services.diffusion.model import ZImageModel
 from services.diffusion.order import Limits, admissible, decoded_together, in_line, next_group
 from shared.errors import (
-    DeviceFailed,
     InternalError,
-    NotBegun,
     NumericalError,
     OutOfMemory,
     QueueFull,
@@ -28,7 +26,6 @@ from shared.schemas.diffusion import NEGATIVE, TEXT
 from shared.tensors import DEVICE_ERROR, describe
 
 RETRY_AFTER_S = 5
-ANEW = "the service starts anew."
 OVERFLOWED = "The model's numbers overflowed {where}; try another seed or float32 weights."
 
 log = structlog.get_logger(__name__)
@@ -85,25 +82,19 @@ class StepScheduler:
             left, self._waiting = self._waiting, []
         for job in (*self._running, *left):
             job.fail(waiting if job.denoising is None else begun)
+        self._running.clear()
 
     def tick(self, model: ZImageModel) -> bool:
-        """Moves pictures on by one step of one group; answers whether there may be more to do."""
-        try:
-            self._let_go()
-            self._begin_waiting(model)
-            group = next_group(self._running, self.limits)
-            if group:
-                self._ticks += 1
-                self._step(model, group)
-        except Exception:  # after it every call of the device fails: only a new process helps
-            self.refuse_all(
-                DeviceFailed("The device failed while it drew this picture; the service starts anew.", retry_after_s=5),
-                NotBegun(
-                    "The device failed before it had begun this picture; the service starts anew.", retry_after_s=5
-                ),
-            )
-            self._running.clear()
-            raise
+        """Moves pictures on by one step of one group; answers whether there may be more to do.
+
+        What it raises says that every further call of the device fails: only a new process helps.
+        """
+        self._let_go()
+        self._begin_waiting(model)
+        group = next_group(self._running, self.limits)
+        if group:
+            self._ticks += 1
+            self._step(model, group)
         return bool(self._running or self._waiting)
 
     def _let_go(self) -> None:
@@ -111,6 +102,7 @@ class StepScheduler:
         for job in self._running:
             if job.cancelled:
                 log.info("picture cancelled", request_id=job.request.request_id, step=job.step)
+                job.let_go()
         self._running = [job for job in self._running if not job.cancelled]
 
     def _begin_waiting(self, model: ZImageModel) -> None:
@@ -209,6 +201,7 @@ class StepScheduler:
                 self._end(job, NumericalError(OVERFLOWED.format(where="while it was decoded")))
             else:
                 self._running.remove(job)
+                job.let_go()
                 job.resolve(Drawn(pixels))
                 model.footprint.note_success()
 
@@ -233,6 +226,7 @@ class StepScheduler:
 
     def _end(self, job: PictureJob, error: ServiceError) -> None:
         self._running.remove(job)
+        job.let_go()
         job.fail(error)
 
     def _tell_places(self) -> None:

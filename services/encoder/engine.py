@@ -14,7 +14,7 @@ from typing import Any
 import structlog
 
 from services.encoder.model import ModelFacts, TextEncoder
-from shared.device_thread import DeviceThread
+from shared.device_thread import DeviceThread, device_failed, not_begun
 from shared.errors import InternalError, InvalidField, QueueFull, ServiceError, Unready
 from shared.jobs import Job
 from shared.language.generations import Assignment, Generations, WritingLimits
@@ -69,7 +69,7 @@ class EncoderEngine:
         self.limits = limits
         self._waiting: list[EncodeJob] = []
         self._lock = threading.Lock()
-        self.device = DeviceThread("encoder", load=load, tick=self._tick, on_failure=on_failure)
+        self.device = DeviceThread("encoder", load=load, tick=self._tick, on_loss=self._lose_all, on_failure=on_failure)
         self.generations = Generations(writing, wake=self.device.wake)
 
     @property
@@ -128,11 +128,18 @@ class EncoderEngine:
     async def stop(self) -> None:
         """Ends the device's thread; what still waits or is being written is refused."""
         await self.device.stop()
-        self.generations.stop()
+        stopping = Unready("The service is stopping.", retry_after_s=5)
+        self.generations.refuse_all(stopping, stopping)
+        self._refuse_waiting(stopping)
+
+    def _lose_all(self) -> None:
+        self.generations.refuse_all(device_failed(), not_begun())
+        self._refuse_waiting(not_begun())
+
+    def _refuse_waiting(self, error: ServiceError) -> None:
         with self._lock:
             left, self._waiting = self._waiting, []
-        for job in left:
-            job.fail(Unready("The service is stopping.", retry_after_s=5))
+        _fail_all(left, error)
 
     def _tick(self, model: TextEncoder) -> bool:
         """A batch, and a token of every text that is being written: neither waits for more than one of the other."""
@@ -151,11 +158,12 @@ class EncoderEngine:
             states = model.hidden_states([job.ids for job in batch], batch[0].layer)
         except ServiceError as error:
             _fail_all(batch, error)
-        except Exception as error:  # one bad batch must not end the service
+        except DEVICE_ERROR:
+            _fail_all(batch, device_failed())
+            raise  # after it every call of the device fails: only a new process helps
+        except Exception:  # one bad batch must not end the service
             log.exception("a batch could not be encoded", texts=len(batch))
             _fail_all(batch, InternalError("The text could not be encoded."))
-            if isinstance(error, DEVICE_ERROR):
-                raise  # after it every call of the device fails: only a new process helps
         else:
             for job, item in zip(batch, states, strict=True):
                 if log.is_enabled_for(logging.DEBUG):

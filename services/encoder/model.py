@@ -6,7 +6,7 @@ The same weights can write, too: see `shared.language`.
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ from transformers import AutoTokenizer
 
 from services.encoder.settings import EncoderSettings
 from shared.checkpoint import checkpoint_dtype, require_parts, weight_bytes
-from shared.errors import InvalidField, OutOfMemory, Unready
+from shared.errors import InvalidField, Unready
 from shared.fingerprint import fingerprint_of
 from shared.language.model import LanguageModel, load_qwen3
-from shared.tensors import dtype_of, pick_device, quantize, require_memory
+from shared.tensors import dtype_of, pick_device, quantize, require_memory, within_memory
 
 MEMORY_ADVICE = "free some of it, or choose another device with --text-encoder-device"
 
@@ -80,12 +80,12 @@ class TextEncoder:
         Items of unequal length are padded at the end, where under a causal mask no real token looks: an attention
         mask would change nothing but the speed. Layers above the one that is asked for are not run. Raises OutOfMemory.
         """
+        return within_memory(torch.device(self.facts.device), partial(self._hidden_states, batch, layer), what="text")
+
+    def _hidden_states(self, batch: Sequence[Sequence[int]], layer: int) -> list[torch.Tensor]:
         longest = max(len(ids) for ids in batch)
         padded = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in batch], device=self.facts.device)
-        try:
-            states = self._first_layers(layer)(input_ids=padded, use_cache=False).last_hidden_state
-        except torch.OutOfMemoryError:
-            raise OutOfMemory("The device has too little free memory for this text.", retry_after_s=10) from None
+        states = self._first_layers(layer)(input_ids=padded, use_cache=False).last_hidden_state
         return [item[: len(ids)].cpu().contiguous() for item, ids in zip(states, batch, strict=True)]
 
     def _cut(self, layer: int) -> Any:

@@ -5,7 +5,8 @@ from contextlib import aclosing
 from typing import Literal, Self
 
 from services.rewriter.backend import WriterFacts, Writing, Written
-from shared.device_thread import DeviceThread
+from shared.device_thread import DeviceThread, device_failed, not_begun
+from shared.errors import Unready
 from shared.language.generations import Assignment, Generations, WritingLimits
 from shared.language.model import LanguageModel
 
@@ -22,7 +23,9 @@ class LocalBackEnd:
         *,
         on_failure: Callable[[int], None] | None = None,
     ) -> None:
-        self.device = DeviceThread("rewriter", load=load, tick=self._tick, on_failure=on_failure)
+        self.device = DeviceThread(
+            "rewriter", load=load, tick=self._tick, on_loss=self._lose_all, on_failure=on_failure
+        )
         self.generations = Generations(limits, wake=self.device.wake)
 
     @property
@@ -39,7 +42,8 @@ class LocalBackEnd:
     async def __aexit__(self, *_: object) -> None:
         """Ends the device's thread; what waits or is being written is refused."""
         await self.device.stop()
-        self.generations.stop()
+        stopping = Unready("The service is stopping.", retry_after_s=5)
+        self.generations.refuse_all(stopping, stopping)
 
     def unready_reason(self) -> str | None:
         """Why nothing can be written, or None."""
@@ -56,6 +60,9 @@ class LocalBackEnd:
         async with aclosing(self.generations.write(self.device.model, assignment)) as pieces:
             async for piece in pieces:
                 yield Written(text=piece) if isinstance(piece, str) else Written(reason=piece.reason)
+
+    def _lose_all(self) -> None:
+        self.generations.refuse_all(device_failed(), not_begun())
 
     def _tick(self, model: LanguageModel) -> bool:
         return self.generations.tick(model)

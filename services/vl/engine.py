@@ -12,7 +12,7 @@ import structlog
 from services.vl.images import read_picture
 from services.vl.jobs import DescribeJob, Extraction, ExtractJob
 from services.vl.model import Inputs, ModelFacts, VisionModel
-from shared.device_thread import DeviceThread
+from shared.device_thread import DeviceThread, device_failed, not_begun
 from shared.errors import InternalError, QueueFull, ServiceError, Unready
 from shared.jobs import Job
 from shared.language.defaults import WritingSettings
@@ -60,7 +60,7 @@ class VlEngine:
         self._pictures = 0
         self._lock = threading.Lock()
         self._decoding = asyncio.Semaphore(DECODED_AT_ONCE)
-        self.device = DeviceThread("vl", load=load, tick=self._tick, on_failure=on_failure)
+        self.device = DeviceThread("vl", load=load, tick=self._tick, on_loss=self._lose_all, on_failure=on_failure)
 
     @property
     def facts(self) -> ModelFacts:
@@ -122,9 +122,20 @@ class VlEngine:
     async def stop(self) -> None:
         """Ends the device's thread; what still waits is refused."""
         await self.device.stop()
-        left: list[Job[Any]] = [*self._extractions, *self._descriptions]
-        for job in left:
-            job.fail(Unready("The service is stopping.", retry_after_s=5))
+        stopping = Unready("The service is stopping.", retry_after_s=5)
+        self._refuse_all(stopping, stopping)
+
+    def _lose_all(self) -> None:
+        self._refuse_all(not_begun(), device_failed())
+
+    def _refuse_all(self, extractions: ServiceError, descriptions: ServiceError) -> None:
+        with self._lock:
+            jobs: list[tuple[Job[Any], ServiceError]] = [
+                *((job, extractions) for job in self._extractions),
+                *((job, descriptions) for job in self._descriptions),
+            ]
+        for job, error in jobs:
+            job.fail(error)
 
     @asynccontextmanager
     async def _place(self) -> AsyncIterator[None]:
@@ -185,8 +196,9 @@ def _try(job: Job[T], work: Callable[[], None]) -> None:
         work()
     except ServiceError as error:
         job.fail(error)
-    except Exception as error:  # one bad picture must not end the service
+    except DEVICE_ERROR:
+        job.fail(device_failed())
+        raise  # after it every call of the device fails: only a new process helps
+    except Exception:  # one bad picture must not end the service
         log.exception("a picture could not be read")
         job.fail(InternalError("The picture could not be read."))
-        if isinstance(error, DEVICE_ERROR):
-            raise  # after it every call of the device fails: only a new process helps

@@ -53,7 +53,7 @@ class DescribeJob(TextJob[Ending]):
         """Writes a token, and ends after the last. Raises what the model raises; the job has ended then too."""
         self._begun = self._begun or (model.write(self.inputs, self._sampling), model.text_stream())
         tokens, stream = self._begun
-        self.ended = True  # unless the next token comes and is not the last
+        self.ended, self._begun = True, None  # unless the next token comes and is not the last
         token = next(tokens)
         self._written += 1
         if token in model.facts.ends:
@@ -63,7 +63,7 @@ class DescribeJob(TextJob[Ending]):
         if self._written >= self._max_tokens:
             self._finish(stream, "length")
             return
-        self.ended = False
+        self.ended, self._begun = False, (tokens, stream)
 
     def _finish(self, stream: TextStream, reason: FinishReason) -> None:
         self.emit(stream.end())

@@ -5,33 +5,37 @@ The weights come and go; tokenizer, processor and configuration stay.
 
 import copy
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 import torch
 from jinja2 import TemplateError
 from PIL import Image
 from torch import nn
-from transformers import AutoTokenizer, DynamicCache, Qwen3VLForConditionalGeneration
+from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from services.vl.settings import VlSettings
 from services.vl.tokens import ASSISTANT, ENDS, Layout
+from services.vl.writing import Writing
 from shared.checkpoint import UnusableModel, checkpoint_dtype, read_json, require_weights, weight_bytes
 from shared.errors import InvalidField, NumericalError, OutOfMemory
 from shared.fingerprint import fingerprint_of
 from shared.language.options import Sampling
-from shared.language.sampling import BROKEN, Sampler, draw
+from shared.language.sampling import BROKEN, Sampler
 from shared.language.text import TextStream
-from shared.tensors import dtype_of, is_out_of_memory, pick_device, require_memory
+from shared.tensors import dtype_of, pick_device, require_memory, within_memory
 
 MODEL_TYPE = "qwen3_vl"
 TARGET_STD = "zimage_target_std"  # the key under which a checkpoint's config.json carries its own
 PUBLISHED_TARGET_STD = 58.75  # standard deviation of Qwen3-4B's hidden states -2, where neither says another
 MEMORY_ADVICE = "free some of it, or choose another device with --vl-device"
+
+T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
 
@@ -115,11 +119,14 @@ class VisionModel:
         except UnusableModel as error:  # memory that others hold now may be free later
             log.warning("the vision-language model does not fit", reason=str(error))
             raise OutOfMemory("There is too little free memory to load the vision-language model.") from None
+        self._weights = self._in_memory(self._read_weights)
+        log.info("vision-language model loaded", device=self.facts.device, dtype=self.facts.dtype)
+
+    def _read_weights(self) -> Any:
         weights = Qwen3VLForConditionalGeneration.from_pretrained(
             self._folder, dtype=self._dtype, use_safetensors=True, local_files_only=True
         )
-        self._weights = weights.to(self._device).eval().requires_grad_(requires_grad=False)
-        log.info("vision-language model loaded", device=self.facts.device, dtype=self.facts.dtype)
+        return weights.to(self._device).eval().requires_grad_(requires_grad=False)
 
     def unload(self) -> None:
         """Frees the weights."""
@@ -137,14 +144,15 @@ class VisionModel:
         own forward gives for one picture. Layers above the one that is asked for are not run. Loads the weights.
         Raises OutOfMemory."""
         self.load()
+        return self._in_memory(partial(self._hidden_states, inputs, layer, image_tokens_only=image_tokens_only))
+
+    def _hidden_states(self, inputs: Inputs, layer: int, *, image_tokens_only: bool) -> torch.Tensor:
         given = self._given(inputs)
         model, last = _cut(self._weights.model, self.facts.layers + 1 + layer)
         seen: list[torch.Tensor] = []
         hook = last.register_forward_hook(lambda _module, _args, output: seen.append(output))
         try:
             model(**given, use_cache=False)
-        except RuntimeError as error:
-            raise self._told(error) from None
         finally:
             hook.remove()
         states = seen[0][0]
@@ -159,19 +167,12 @@ class VisionModel:
         Raises OutOfMemory, and NumericalError where the scores are not numbers.
         """
         self.load()
-        weights, sampler = self._weights, Sampler(sampling)
-        cache = DynamicCache(config=weights.config.text_config)
-        given, deltas = self._given(inputs), None
+        writing = Writing(self._weights, Sampler(sampling))
+        given = self._in_memory(partial(self._given, inputs))
         while True:
-            weights.model.rope_deltas = deltas  # transformers keeps them on the model: extractions come in between
-            try:
-                output = weights.model(**given, past_key_values=cache, use_cache=True)
-                token = draw(weights.lm_head(output.last_hidden_state[:, -1]), [sampler])[0]
-            except RuntimeError as error:
-                raise self._told(error) from None
+            token = self._in_memory(partial(writing.next_token, given))
             if token == BROKEN:
                 raise NumericalError("The vision-language model's scores are not numbers.")
-            deltas = weights.model.rope_deltas
             given = {"input_ids": torch.tensor([[token]], device=self._device)}
             yield token
 
@@ -189,10 +190,8 @@ class VisionModel:
             "image_grid_thw": inputs.grid.to(self._device),
         }
 
-    def _told(self, error: RuntimeError) -> Exception:
-        if not is_out_of_memory(error):
-            return error
-        return OutOfMemory("The device has too little free memory for this picture.", retry_after_s=10)
+    def _in_memory(self, work: Callable[[], T]) -> T:
+        return within_memory(self._device, work, what="picture")
 
 
 def load_vision_model(settings: VlSettings) -> VisionModel:

@@ -9,6 +9,7 @@ from shared.errors import OutOfMemory
 from shared.language.cache import RowCache
 from shared.language.options import Wanted
 from shared.language.sampling import BROKEN, Sampler, draw
+from shared.tensors import within_memory
 
 PROMPT_TOKENS = {"cpu": 64}
 MANY_PROMPT_TOKENS = 512
@@ -79,19 +80,22 @@ class Batch:
         A token is `BROKEN` where the model's scores are not numbers. Raises OutOfMemory; the batch is empty then.
         """
         try:
-            if self._reading is not None and (not self._rows or not self._read_last):
-                self._read_last = True
-                return self._read(self._reading)
-            self._read_last = False
-            return self._step() if self._rows else []
-        except torch.OutOfMemoryError:
+            return within_memory(self._device, self._advance, what="text")
+        except OutOfMemory:
             self.clear()
-            raise OutOfMemory("The device has too little free memory for this text.", retry_after_s=10) from None
+            raise
 
     def clear(self) -> None:
         """Lets every text go."""
         self._rows, self._reading = [], None
         self._cache.clear()
+
+    def _advance(self) -> list[tuple[Row, int]]:
+        if self._reading is not None and (not self._rows or not self._read_last):
+            self._read_last = True
+            return self._read(self._reading)
+        self._read_last = False
+        return self._step() if self._rows else []
 
     def _read(self, row: Row) -> list[tuple[Row, int]]:
         start = row.read

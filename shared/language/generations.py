@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from shared.errors import InternalError, InvalidField, NumericalError, QueueFull, ServiceError, Unready
+from shared.errors import InternalError, InvalidField, NumericalError, QueueFull, ServiceError
 from shared.jobs import TextJob
 from shared.language.batch import Row
 from shared.language.model import LanguageModel
@@ -112,20 +112,22 @@ class Generations:
                 self._take(language, row, token)
         except ServiceError as error:
             self._fail_running(language, error)
-        except Exception as error:  # one bad text must not end the service
+        except DEVICE_ERROR:
+            raise  # after it every call of the device fails: only a new process helps
+        except Exception:  # one bad text must not end the service
             log.exception("texts could not be written", texts=len(self._running))
             self._fail_running(language, InternalError("The text could not be written."))
-            if isinstance(error, DEVICE_ERROR):
-                raise  # after it every call of the device fails: only a new process helps
         return True
 
-    def stop(self) -> None:
-        """Refuses what waits and what runs; called once no tick runs any more."""
+    def refuse_all(self, begun: ServiceError, waiting: ServiceError) -> None:
+        """Ends every text with an error, those in the making with another than those that wait; called once no tick
+        runs any more."""
         with self._lock:
-            left = [*self._waiting, *self._running.values()]
+            left = list(self._waiting)
             self._waiting.clear()
+        _fail_all(self._running.values(), begun)
         self._running.clear()
-        _fail_all(left, Unready("The service is stopping.", retry_after_s=5))
+        _fail_all(left, waiting)
 
     async def _generation(self, language: LanguageModel, assignment: Assignment) -> Generation:
         if sum(len(message.content) for message in assignment.messages) <= QUICK_CHARS:

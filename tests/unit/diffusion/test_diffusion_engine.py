@@ -219,6 +219,7 @@ class TestNews:
             await task
             await eventually(lambda: engine.pictures.running == [])
             assert job.step == 4
+            assert job.denoising is None, "what is done holds no memory of the device"
 
 
 async def test_a_full_queue_refuses_at_once(model: WatchedModel) -> None:

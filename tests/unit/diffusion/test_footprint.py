@@ -156,6 +156,19 @@ class TestEstimates:
         assert 0.7 * 512 * 512 < most < 1.3 * 512 * 512
         assert PLAIN.most_pixels(large, 0) == 0
 
+    @pytest.mark.parametrize("measured", [Measured(), Measured({}, {256**2: 60_000_000, 2048**2: 320_000_000})])
+    def test_what_cannot_be_decoded_whole_is_decoded_in_tiles(self, measured: Measured) -> None:
+        """A size is not refused while larger ones, which are tiled anyway, would fit."""
+        footprint = replace(PLAIN, tiling_pixels=1024**2, measured=measured)
+        room = 600_000_000
+        assert footprint.decode(1024**2) > room
+        footprint.tile_within(room)
+        assert 0 < footprint.tiled_above < 1024**2
+        assert all(footprint.decode(side * side) <= room for side in range(64, 1536, 16))
+        assert footprint.decode(256**2) == replace(PLAIN, measured=measured).decode(256**2), "it is whole as before"
+        footprint.tile_within(10**12)
+        assert footprint.tiled_above == 1024**2
+
 
 class TestShapes:
     """What lets pictures share a forward."""
@@ -170,3 +183,16 @@ class TestShapes:
     def test_a_pictures_shape_is_known_before_it_is_begun(self, zimage_model: ZImageModel) -> None:
         begun = zimage_model.start(parameters(guidance_scale=1.0), embeddings(33), embeddings(7))
         assert begun.shape == Shape(height=64, width=64, text_tokens=64, negative_tokens=32)
+
+    def test_loras_that_are_not_there_yet_take_memory_too(
+        self, zimage_model: ZImageModel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Those that were there when the free memory was told are not counted twice."""
+        monkeypatch.setattr(zimage_model.adapters, "bytes_of", lambda names: 1_000 * len(set(names)))
+        plain, one = SMALL, replace(SMALL, loras=(("a", 1.0),))
+        room = zimage_model.footprint.together([one, plain])
+        assert not zimage_model.fits([one, plain], room)
+        assert zimage_model.fits([one, plain], room + 1_000)
+        monkeypatch.setattr(zimage_model.adapters, "_loaded", {"a": ("lora_1", (0, 0))})
+        zimage_model.free_bytes()
+        assert zimage_model.fits([one, plain], room)

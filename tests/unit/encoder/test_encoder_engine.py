@@ -13,7 +13,7 @@ from inprocess import eventually
 from services.encoder.engine import EncoderEngine, Limits
 from services.encoder.model import TextEncoder
 from shared.device_thread import EXIT_DEVICE_FAILED
-from shared.errors import InternalError, InvalidField, OutOfMemory, QueueFull, Unready
+from shared.errors import DeviceFailed, InternalError, InvalidField, NotBegun, OutOfMemory, QueueFull, Unready
 from shared.language.generations import WritingLimits
 
 PATIENCE_S = 30.0
@@ -203,10 +203,15 @@ async def test_a_device_that_is_lost_ends_the_process(model: Watched) -> None:
     engine = EncoderEngine(lambda: model, LIMITS, WRITING, on_failure=statuses.append)
     engine.device.start()
     await eventually(lambda: engine.device.unready_reason() is None)
-    model.break_next = [torch.AcceleratorError("CUDA error: device-side assert triggered")]
-    with pytest.raises((InternalError, Unready)) as failed:
-        await engine.encode(["a cat"], layer=-2)
-    assert "CUDA" not in str(failed.value)
+    async with busy(engine, model) as release:  # a text is being encoded, another one and a conversation wait
+        model.break_next = [torch.AcceleratorError("CUDA error: device-side assert triggered")]
+        waits = [asyncio.create_task(engine.encode([text], layer=-2)) for text in ("a cat", "a dog " * 40)]
+        await eventually(lambda: engine.waiting == 2)
+        release()
+        async with asyncio.timeout(PATIENCE_S):
+            ends = await asyncio.gather(*waits, return_exceptions=True)
+    assert {type(end) for end in ends} <= {DeviceFailed, NotBegun}
+    assert not any("CUDA" in str(end) for end in ends)
     try:
         await eventually(lambda: statuses)
         assert statuses == [EXIT_DEVICE_FAILED]

@@ -131,9 +131,18 @@ def test_layers_beyond_the_depth(text_encoder: TextEncoder, layer: int) -> None:
         text_encoder.check_layer(layer)
 
 
-def test_too_little_memory_is_said_as_such(text_encoder: TextEncoder) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory, a library's own text"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory, a library's own text"),
+        torch.AcceleratorError("CUDA error: out of memory, a library's own text"),
+    ],
+    ids=["cuda", "cpu", "driver"],
+)
+def test_too_little_memory_is_said_as_such(text_encoder: TextEncoder, error: Exception) -> None:
     def run_out(**_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory, a library's own text")
+        raise error
 
     starved = TextEncoder(run_out, None, text_encoder.facts)  # type: ignore[arg-type]
     with pytest.raises(OutOfMemory, match="too little free memory") as failed:

@@ -12,8 +12,18 @@ import torch
 from inprocess import eventually
 from language import PROMPTS, generate, prompt_ids
 
-from shared.device_thread import EXIT_DEVICE_FAILED, DeviceThread
-from shared.errors import InternalError, InvalidField, NumericalError, OutOfMemory, QueueFull, ServiceError, Unready
+from shared.device_thread import EXIT_DEVICE_FAILED, DeviceThread, device_failed, not_begun
+from shared.errors import (
+    DeviceFailed,
+    InternalError,
+    InvalidField,
+    NotBegun,
+    NumericalError,
+    OutOfMemory,
+    QueueFull,
+    ServiceError,
+    Unready,
+)
 from shared.language.batch import Batch
 from shared.language.generations import Assignment, Generations, WritingLimits
 from shared.language.model import LanguageModel
@@ -70,7 +80,12 @@ async def running(
     def tick(model: LanguageModel) -> bool:
         return generations.tick(model)
 
-    device: DeviceThread[LanguageModel] = DeviceThread("test", load=lambda: language, tick=tick, on_failure=on_failure)
+    def lose_all() -> None:
+        generations.refuse_all(device_failed(), not_begun())
+
+    device: DeviceThread[LanguageModel] = DeviceThread(
+        "test", load=lambda: language, tick=tick, on_loss=lose_all, on_failure=on_failure
+    )
     generations = Generations(limits, wake=device.wake)
     device.start()
     await eventually(lambda: device.unready_reason() is None)
@@ -78,7 +93,8 @@ async def running(
         yield generations
     finally:
         await device.stop()
-        generations.stop()
+        stopping = Unready("The service is stopping.")
+        generations.refuse_all(stopping, stopping)
 
 
 def assignment(prompt: str = "A cat", *, max_tokens: int | None = 12, **fields: Any) -> Assignment:
@@ -229,11 +245,18 @@ async def test_a_failure_ends_the_texts_and_not_the_service(
 
 
 async def test_a_device_that_is_lost_ends_the_process(language: LanguageModel, gate: Gate) -> None:
+    """Those who wait are told at once, not only when the process has stopped."""
     statuses: list[int] = []
-    async with running(language, on_failure=statuses.append) as generations:
+    limits = WritingLimits(max_running=1, max_waiting=4, max_cache_tokens=8_192)
+    async with running(language, limits, on_failure=statuses.append) as generations:
+        gate.open.clear()
+        tasks = [asyncio.create_task(whole(generations, language, assignment())) for _ in range(3)]
+        await eventually(lambda: generations.waiting == 2)
         gate.break_next = [torch.AcceleratorError("CUDA error: device-side assert triggered")]
-        with pytest.raises(InternalError):
-            await whole(generations, language, assignment())
+        gate.open.set()
+        async with asyncio.timeout(PATIENCE_S):
+            ends = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(end) for end in ends] == [DeviceFailed, NotBegun, NotBegun]
         await eventually(lambda: statuses)
     assert statuses == [EXIT_DEVICE_FAILED]
 

@@ -1,8 +1,10 @@
 """The engine around the real model: the queue, and weights that leave and come back."""
 
 import asyncio
+import gc
 import threading
-from collections.abc import AsyncIterator
+import weakref
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -14,7 +16,8 @@ from pictures import encoded, pixels
 from services.vl.engine import Limits, VlEngine
 from services.vl.model import Inputs, VisionModel
 from services.vl.settings import VlSettings
-from shared.errors import InternalError, InvalidField, QueueFull, Unready
+from shared.device_thread import EXIT_DEVICE_FAILED
+from shared.errors import DeviceFailed, InternalError, InvalidField, NotBegun, OutOfMemory, QueueFull, Unready
 from shared.schemas.rewriter import Rewritten
 from shared.schemas.vl import DescribeParameters, ExtractParameters
 
@@ -51,9 +54,15 @@ def gated(vision_model: VisionModel) -> GatedModel:
 
 
 @asynccontextmanager
-async def running(model: VisionModel, *, auto_unload: bool = True, max_waiting: int = 4) -> AsyncIterator[VlEngine]:
+async def running(
+    model: VisionModel,
+    *,
+    auto_unload: bool = True,
+    max_waiting: int = 4,
+    on_failure: Callable[[int], None] | None = None,
+) -> AsyncIterator[VlEngine]:
     limits = Limits(max_waiting=max_waiting, max_tokens=8192)
-    engine = VlEngine(lambda: model, limits, VlSettings(), auto_unload=auto_unload)
+    engine = VlEngine(lambda: model, limits, VlSettings(), auto_unload=auto_unload, on_failure=on_failure)
     engine.device.start()
     await eventually(lambda: engine.device.unready_reason() is None)
     yield engine
@@ -142,6 +151,48 @@ async def test_one_bad_picture_does_not_end_the_service(gated: GatedModel) -> No
         with pytest.raises(InvalidField, match="hidden_layer"):
             await engine.extract(PICTURE, ExtractParameters.model_construct(hidden_layer=-20))
         assert (await engine.extract(PICTURE, parameters())).states.isfinite().all()
+
+
+async def test_a_device_that_is_lost_ends_the_process(gated: GatedModel) -> None:
+    """Those who wait are told at once, not only when the process has stopped."""
+    statuses: list[int] = []
+    async with running(gated, on_failure=statuses.append) as engine:
+        gated.gate.clear()
+        gated.break_next.append(torch.AcceleratorError("CUDA error: device-side assert triggered"))
+        first = asyncio.create_task(engine.extract(PICTURE, parameters()))
+        await eventually(gated.entered.is_set)
+        others = [
+            asyncio.create_task(engine.extract(PICTURE, parameters())),
+            asyncio.create_task(description(engine, DescribeParameters(prompt="What is it?"))),
+        ]
+        await eventually(lambda: len(engine._extractions) == len(engine._descriptions) == 1)
+        gated.gate.set()
+        async with asyncio.timeout(30):
+            ends = await asyncio.gather(first, *others, return_exceptions=True)
+        assert [type(end) for end in ends] == [DeviceFailed, NotBegun, DeviceFailed]
+        await eventually(lambda: statuses)
+    assert statuses == [EXIT_DEVICE_FAILED]
+
+
+async def test_after_memory_ran_out_the_weights_can_go(gated: GatedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No error holds on to them: what is said to be unloaded is."""
+    gone: list[weakref.ref[Any]] = []
+
+    def run_out(_self: VisionModel, _inputs: Inputs, *_: Any, **__: Any) -> torch.Tensor:
+        weights = gated._weights  # a frame of the forward that the error knows
+        gone.append(weakref.ref(weights.model))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(VisionModel, "_hidden_states", run_out)
+    gc.disable()  # else it may be luck
+    try:
+        async with running(gated) as engine:
+            with pytest.raises(OutOfMemory):
+                await engine.extract(PICTURE, parameters())
+            await eventually(lambda: not engine.loaded)
+            await eventually(lambda: gone[0]() is None)
+    finally:
+        gc.enable()
 
 
 async def test_descriptions_and_extractions_take_turns(gated: GatedModel) -> None:
