@@ -28,8 +28,10 @@ HEAD = """\
 #
 # Variables besides: GATEWAY_REPLICAS, ENCODER_REPLICAS, REWRITER_REPLICAS (default 2), DIFFUSION_REPLICAS (1);
 # ENCODER_ROLE, DIFFUSION_ROLE, ... for another label than the default; ZIMAGE_TEXT_ENCODER_DEVICE, ZIMAGE_DIT_DEVICE,
-# ZIMAGE_VAE_DEVICE; with vision VL_MODEL_PATH, VL_REPLICAS=2 and ZIMAGE_VL_URLS=http://tasks.vl:7863; and a
-# ZIMAGE_CONFIG_VERSION to count up when the configuration file that ZIMAGE_CONFIG names has changed.
+# ZIMAGE_VAE_DEVICE; with vision VL_MODEL_PATH, VL_REPLICAS=2 and ZIMAGE_VL_URLS=http://tasks.vl:7863; with LoRAs that
+# requests may name LORA_PATH and ZIMAGE_LORA_DIR=/models/loras; ZIMAGE_PORT, ZIMAGE_TAG, ZIMAGE_PROFILE,
+# ZIMAGE_REWRITER_BACKEND, ZIMAGE_REDIS_URL, REDIS_MAXMEMORY; and a ZIMAGE_CONFIG_VERSION to count up when the
+# configuration file that ZIMAGE_CONFIG names has changed. All other settings belong into that file.
 """
 
 SECRET = "zimage_service_token"  # noqa: S105 - its name
@@ -113,7 +115,7 @@ def _environment(name: str, told: dict[str, Any]) -> dict[str, Any]:
     if name == "gateway":
         environment["ZIMAGE_VL_MODEL_PATH"] = "${VL_MODEL_PATH:-}"
     if name == "diffusion":
-        environment["ZIMAGE_LORA_DIR"] = "/models/loras"
+        environment["ZIMAGE_LORA_DIR"] = "${ZIMAGE_LORA_DIR:-}"
     return environment
 
 

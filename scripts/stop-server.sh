@@ -4,7 +4,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 pid_file=logs/server.pid
-if [ ! -f "$pid_file" ] || ! kill -0 "$(cat "$pid_file")" 2>/dev/null; then
+# after a reboot the number may be another process's
+if [ ! -f "$pid_file" ] || ! ps -p "$(cat "$pid_file")" -o args= | grep -q "zimage serve"; then
   rm -f "$pid_file"
   echo "no server is running"
   exit 0

@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from demo_model import captions
 from demo_model.captions import EVERYTHING, NOUNS, Said
@@ -50,6 +51,17 @@ def test_the_judge_is_not_fooled_by_a_wrong_picture() -> None:
     assert (verdict.background, verdict.colour, verdict.shape, verdict.place) == (True, True, False, False)
     empty = score(render(Scene(background=Colour.WHITE, things=()), width=256, height=256), asked)
     assert (empty.background, empty.colour, empty.shape, empty.place) == (True, False, False, False)
+
+
+@pytest.mark.parametrize("lighter", range(-8, 9, 4))
+def test_a_gray_without_white_is_gray_a_little_lighter_or_darker(lighter: int) -> None:
+    """White's second tone is nearly gray, but a pattern of white shows white as well."""
+    gray = Thing(shape=Shape.HEART, colour=Colour.GRAY)
+    drawn = np.asarray(render(Scene(background=Colour.ORANGE, things=(gray,)), width=256, height=256)).copy()
+    inside = (drawn == RGB[Colour.GRAY]).all(axis=2)
+    drawn[inside] = RGB[Colour.GRAY][0] + lighter
+    (seen,) = judge(Image.fromarray(drawn)).things
+    assert seen.colour is Colour.GRAY
 
 
 def test_a_tint_moves_every_colour_towards_the_reference() -> None:
