@@ -2,6 +2,7 @@
 
 import copy
 import statistics
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -42,11 +43,16 @@ def measure_encoder(run: Run) -> None:
             run.report.leave_out(what, NO_TIME)
             continue
         with told(run, what):
-            quantized = copy.deepcopy(encoder)
-            quantize(quantized, kind, device, flag=what, wanted=_is_of_a_layer)
-            for tokens, before in states.items():
-                _encode(run, kind.value, quantized, tokens, before)
+            _measure_quantized(run, kind, what, states)
         free(device)
+
+
+def _measure_quantized(run: Run, kind: Quantization, what: str, states: Mapping[int, torch.Tensor]) -> None:
+    """A function of its own: nothing holds the copy any more when what it took is given back."""
+    quantized = copy.deepcopy(run.models.encoder)
+    quantize(quantized, kind, run.models.device, flag=what, wanted=_is_of_a_layer)
+    for tokens, before in states.items():
+        _encode(run, kind.value, quantized, tokens, before)
 
 
 def _is_of_a_layer(module: nn.Module, name: str) -> bool:
