@@ -37,7 +37,7 @@ from demo_model.training.reading import PatchReader, reading_losses
 from demo_model.training.text import HIDDEN_LAYER, TextBatches
 from demo_model.world import Scene
 
-SCHEDULE = Schedule(steps=29_500, learning_rate=1.6e-3)
+SCHEDULE = Schedule(steps=31_500, learning_rate=1.6e-3)
 IMAGES = {(128, 128): 32, (256, 256): 10}
 """Pictures of a batch by size; of the other sizes as many as make about as many tokens."""
 IMAGES_OTHERS = 14
