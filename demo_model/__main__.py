@@ -38,7 +38,7 @@ def train(
     output_dir: Annotated[Path, typer.Option(help="Where the finished directories go.")] = HERE / "checkpoints",
     device: Device = "cpu",
 ) -> None:
-    """Train all stages, one after the other: about five hours on two cores, minutes on a CUDA device."""
+    """Train all stages, one after the other: most of a day on two cores, minutes on a CUDA device."""
     place = torch.device(device)
     tokenizer = _tokenizer(work_dir / "tokenizer.json")
     texts = TextBatches(tokenizer)

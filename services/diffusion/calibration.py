@@ -52,6 +52,8 @@ def footprint_of(transformer: Any, vae: Any, settings: DiffusionSettings, measur
 
 def measure(model: ZImageModel, settings: DiffusionSettings, sizes: Sequence[str] = SIZES) -> Measured:
     """Draws a step and a picture of each size, the smallest first, and ends where the device is too small."""
+    # `Measured` tells whole from tiled by what is configured
+    model.footprint.tiled_above = model.footprint.tiling_pixels
     step: dict[int, int] = {}
     decode: dict[int, int] = {}
     for width, height in map(parse_size, sizes):

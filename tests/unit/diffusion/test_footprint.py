@@ -89,6 +89,14 @@ class TestCalibration:
         assert again.footprint.decode(size) == int(MARGIN * measured.decode[size])
         assert again.footprint.decode(size) < model.footprint.decode(size)
 
+    def test_it_is_measured_as_configured_where_memory_is_short(self, tiny_checkpoint: Path, tmp_path: Path) -> None:
+        """Else what was decoded in tiles for want of memory would be taken for what decoding it whole takes."""
+        wanted = settings(tiny_checkpoint, tmp_path)
+        model = load_zimage(wanted)
+        plain = measure(model, wanted, ("768x768",))
+        model.footprint.tile_within(0)
+        assert measure(model, wanted, ("768x768",)) == plain
+
     def test_with_other_options_it_does_not_count(self, tiny_checkpoint: Path, tmp_path: Path) -> None:
         wanted = settings(tiny_checkpoint, tmp_path)
         write_measured(wanted, Measured({100: 1}, {200: 2}))
