@@ -6,6 +6,7 @@ Those that were used last stay on the device, as many as its share of memory hol
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import structlog
@@ -20,19 +21,33 @@ from shared.schemas.diffusion import LoraChoice
 
 MEANT = "Already found a `peft_config`|TorchaoLoraLinear was instantiated"
 """What peft warns of and is meant here: several adapters, and adapters on quantized weights that are never merged."""
+NEXT = "Adapter .* was active which is now deleted"
+"""And of another one that then would be active, were adapters not switched off."""
 
 log = structlog.get_logger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """A LoRA on the device: its name for peft, the file as it was when it was read, and what it takes."""
+
+    adapter: str
+    stamp: tuple[int, int]
+    bytes: int
+
+
 class Adapters:
-    """The adapters of a DiT, by the names of the LoRAs on the shelf. Used by the device's thread alone."""
+    """The adapters of a DiT, by the names of the LoRAs on the shelf.
+
+    Only the device's thread changes them; others choose among the files and ask what they take.
+    """
 
     def __init__(self, transformer: Any, shelf: Shelf, max_bytes: int) -> None:
         self.shelf = shelf
         self._transformer = transformer
         self._max_bytes = max_bytes
         self._item_bytes: int = transformer.dtype.itemsize
-        self._loaded: OrderedDict[str, tuple[str, tuple[int, int]]] = OrderedDict()  # last used at the end
+        self._loaded: OrderedDict[str, _Loaded] = OrderedDict()  # last used at the end
         self._active: tuple[Lora, ...] = ()
         self._made = 0
 
@@ -41,12 +56,13 @@ class Adapters:
         """Names of the LoRAs that are on the device, the one that was used last at the end."""
         return list(self._loaded)
 
-    def know(self, choices: Sequence[LoraChoice] | None) -> bool:
-        """Whether each name was in the folder when it was last looked through: then choosing reads no files."""
-        return {choice.name for choice in choices or ()} <= set(self.shelf.files)
+    @property
+    def loaded_bytes(self) -> int:
+        """What those on the device take."""
+        return sum(lora.bytes for lora in self._loaded.values())
 
     def choose(self, choices: Sequence[LoraChoice] | None) -> tuple[Lora, ...]:
-        """The LoRAs of a picture, known and not too large together. May read files where not all are known.
+        """The LoRAs of a picture, there and not too large together. Looks at the files that are named.
 
         Raises UnknownName and InvalidField.
         """
@@ -60,9 +76,20 @@ class Adapters:
         return self.bytes_of(names) <= self._max_bytes
 
     def bytes_of(self, names: Iterable[str]) -> int:
-        """What these take on the device."""
-        wanted = set(names)
-        return self.shelf.bytes_of(wanted, self._item_bytes) if wanted else 0
+        """What these take on the device. Any thread may ask."""
+        known = {name: self._loaded.get(name) for name in set(names)}
+        others = {name for name, lora in known.items() if lora is None}
+        there = sum(lora.bytes for lora in known.values() if lora is not None)
+        return there + self.shelf.bytes_of(others, self._item_bytes)
+
+    def keep_within(self, room: int, wanted: Iterable[str]) -> None:
+        """Takes LoRAs off the device, except those `wanted`, until all together take at most `room` bytes."""
+        kept = set(wanted)
+        for other in list(self._loaded):
+            if self.bytes_of({*self._loaded, *kept}) <= room:
+                return
+            if other not in kept:
+                self._drop(other)
 
     def load(self, loras: Sequence[Lora], *, in_use: Iterable[str] = ()) -> None:
         """Brings these to the device, and takes others off it except those `in_use` until there is room.
@@ -76,7 +103,7 @@ class Adapters:
             if name in self._loaded:
                 self._loaded.move_to_end(name)
                 continue
-            self._make_room(name, kept)
+            self.keep_within(self._max_bytes, kept)
             self._add(name)
 
     def use(self, loras: Sequence[Lora]) -> None:
@@ -85,7 +112,7 @@ class Adapters:
             return
         if loras:
             self._transformer.set_adapters(
-                [self._loaded[name][0] for name, _ in loras], weights=[scale for _, scale in loras]
+                [self._loaded[name].adapter for name, _ in loras], weights=[scale for _, scale in loras]
             )
             self._transformer.enable_adapters()
             self._active = tuple(loras)
@@ -107,25 +134,20 @@ class Adapters:
             raise InvalidField(f"{told}.") from None
         finally:
             self._switch_off()  # peft switches a new one on
-        self._loaded[name] = adapter, lora.stamp
+        self._loaded[name] = _Loaded(adapter, lora.stamp, self.shelf.bytes_of({name}, self._item_bytes))
         log.info("lora loaded", name=name, layers=layers, loaded=len(self._loaded))
 
     def _drop_outdated(self, name: str, in_use: Iterable[str]) -> None:
         lora = self.shelf.files.get(name)
-        if name in self._loaded and lora is not None and self._loaded[name][1] != lora.stamp and name not in in_use:
+        if name in self._loaded and lora is not None and self._loaded[name].stamp != lora.stamp and name not in in_use:
             self._drop(name)
 
-    def _make_room(self, name: str, kept: set[str]) -> None:
-        for other in list(self._loaded):
-            if self.fit([*self._loaded, name]):
-                return
-            if other not in kept:
-                self._drop(other)
-
     def _drop(self, name: str) -> None:
-        adapter, _ = self._loaded.pop(name)
+        lora = self._loaded.pop(name)
         self.use(())
-        self._transformer.delete_adapters(adapter)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=NEXT)
+            self._transformer.delete_adapters(lora.adapter)
         log.info("lora dropped", name=name, loaded=len(self._loaded))
 
     def _switch_off(self) -> None:

@@ -46,6 +46,7 @@ def footprint_of(transformer: Any, vae: Any, settings: DiffusionSettings, measur
         vae_item_bytes=vae.dtype.itemsize,
         tiling_pixels=settings.vae_tiling_pixels,
         decode_pixels=settings.vae_batch_pixels,
+        decodes_here=pick_device(settings.vae_device) == pick_device(settings.dit_device),
         measured=measured,
     )
 

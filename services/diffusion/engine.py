@@ -48,7 +48,7 @@ class DiffusionEngine:
         self.pictures = StepScheduler(limits, max_waiting=max_waiting, memory_bytes=memory_bytes)
         self._memory_bytes = memory_bytes
         self._png_compression = png_compression
-        self._encoders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="png")
+        self._helpers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="helper")
         self.device = DeviceThread(
             "diffusion", load=load, tick=self.pictures.tick, on_loss=self._refuse, on_failure=on_failure
         )
@@ -71,7 +71,7 @@ class DiffusionEngine:
         NumericalError, DeviceFailed, NotBegun.
         """
         model = self.device.model
-        shape = _shape_of(model.facts, request, await _loras_of(model, request))
+        shape = _shape_of(model.facts, request, await self._loras_of(model, request))
         self._check_size(model, shape)
         job = PictureJob(request, shape, watched=watched)
         self.pictures.add(job)
@@ -100,7 +100,7 @@ class DiffusionEngine:
     async def loras(self) -> tuple[list[ShelfLora], tuple[Lora, ...]]:
         """The LoRAs that requests may name, and those of a picture that names none. Raises Unready."""
         shelf = self.device.model.adapters.shelf
-        await asyncio.to_thread(shelf.refresh)
+        await asyncio.get_running_loop().run_in_executor(self._helpers, shelf.refresh)
         return list(shelf.files.values()), shelf.default
 
     async def stop(self) -> None:
@@ -110,15 +110,25 @@ class DiffusionEngine:
             Unready("The service is stopping.", retry_after_s=5),
             NotBegun("The service is stopping; it had not begun this picture.", retry_after_s=5),
         )
-        self._encoders.shutdown(wait=False, cancel_futures=True)
+        self._helpers.shutdown(wait=False, cancel_futures=True)
 
     def _refuse(self) -> None:
         self.pictures.refuse_all(device_failed(), not_begun())
 
+    async def _loras_of(self, model: ZImageModel, request: PictureRequest) -> tuple[Lora, ...]:
+        """The LoRAs that are asked for. Files are looked at in a thread."""
+        choices = request.parameters.loras
+        if not choices:
+            return model.adapters.choose(choices)
+        return await asyncio.get_running_loop().run_in_executor(self._helpers, model.adapters.choose, choices)
+
     def _check_size(self, model: ZImageModel, shape: Shape) -> None:
         """Raises InvalidField for a picture that this device could not make even if it had nothing else to do."""
         room = model.capacity_bytes if self._memory_bytes is None else self._memory_bytes
-        if room is None or model.footprint.together([shape]) <= room:
+        if room is None:
+            return
+        room -= model.adapters.bytes_of(name for name, _ in shape.loras)
+        if model.footprint.together([shape]) <= room:
             return
         most = model.footprint.most_pixels(shape, room)
         raise InvalidField(
@@ -143,25 +153,17 @@ class DiffusionEngine:
         if not isinstance(news, Sketch):
             return news
         loop = asyncio.get_running_loop()
-        return PreviewReady(news.step, await loop.run_in_executor(self._encoders, encode_preview, news.pixels))
+        return PreviewReady(news.step, await loop.run_in_executor(self._helpers, encode_preview, news.pixels))
 
     async def _encoded(self, job: PictureJob, drawn: Drawn) -> Picture:
         loop = asyncio.get_running_loop()
         started = loop.time()
-        png, thumbnail = await loop.run_in_executor(self._encoders, self._encode, drawn)
+        png, thumbnail = await loop.run_in_executor(self._helpers, self._encode, drawn)
         job.timings.png = loop.time() - started
         return Picture(png, thumbnail, job.timings)
 
     def _encode(self, drawn: Drawn) -> tuple[bytes, bytes]:
         return encode_png(drawn.pixels, compression=self._png_compression), encode_thumbnail(drawn.pixels)
-
-
-async def _loras_of(model: ZImageModel, request: PictureRequest) -> tuple[Lora, ...]:
-    """The LoRAs that are asked for. The folder is looked through in a thread, where a name is not known yet."""
-    choices = request.parameters.loras
-    if model.adapters.know(choices):
-        return model.adapters.choose(choices)
-    return await asyncio.to_thread(model.adapters.choose, choices)
 
 
 def _shape_of(facts: ModelFacts, request: PictureRequest, loras: tuple[Lora, ...]) -> Shape:

@@ -36,8 +36,8 @@ class Measured:
 @dataclass(slots=True, kw_only=True)
 class Footprint:
     """Memory of the work on one model. Widths are in numbers, item sizes in bytes; `decode_pixels` of several pictures
-    are decoded at once. Larger pictures than `tiling_pixels` are decoded in tiles, and were when it was measured; where
-    there is less memory, larger ones than `tiled_above`, which `tile_within` finds."""
+    are decoded at once, unless the VAE has a device of its own. Larger pictures than `tiling_pixels` are decoded in
+    tiles, and were when it was measured; where there is less memory, larger ones than `tiled_above`."""
 
     width: int
     text_width: int
@@ -46,6 +46,7 @@ class Footprint:
     vae_item_bytes: int
     tiling_pixels: int
     decode_pixels: int = 0
+    decodes_here: bool = True
     measured: Measured = field(default_factory=Measured)
     distrust: float = 1.0
     tiled_above: int = field(init=False)
@@ -55,11 +56,21 @@ class Footprint:
 
     def tile_within(self, room: int) -> None:
         """Decodes in tiles what cannot be decoded whole within `room` bytes: slower, but it can be drawn."""
+        if not self.decodes_here:
+            return
         low, high = 0, self.tiling_pixels
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if self._decode_whole(middle) <= room else (low, middle - 1)
         self.tiled_above = low
+
+    def decode_in_tiles(self, pixels: int) -> bool:
+        """Decodes pictures of so many pixels in tiles, until `tile_within` says otherwise; answers whether that changes
+        anything."""
+        if pixels > self.tiled_above or pixels <= TILE_PX**2:
+            return False
+        self.tiled_above = pixels - 1
+        return True
 
     def step(self, tokens: int) -> int:
         """Bytes of a forward of so many tokens, all its items together."""
@@ -67,7 +78,9 @@ class Footprint:
         return int(_estimate(self.measured.step, tokens, formula))
 
     def decode(self, pixels: int) -> int:
-        """Bytes of a decoding of so many pixels at once."""
+        """Bytes of a decoding of so many pixels at once, 0 where the VAE has a device of its own."""
+        if not self.decodes_here:
+            return 0
         if pixels <= self.tiled_above:
             return self._decode_whole(pixels)
         points = {size: taken for size, taken in self.measured.decode.items() if size > self.tiling_pixels}

@@ -116,6 +116,11 @@ class PictureJob(Job[Drawn]):
         """Steps that are done."""
         return self._steps_done if self.denoising is None else self.denoising.step
 
+    @property
+    def steps_left(self) -> int:
+        """Steps that are still to be done."""
+        return self.request.parameters.steps - self.step
+
     def begin(self, denoising: Denoising, turn: int) -> None:
         """It is in the making from now on."""
         self.denoising, self.turn, self.begun_at = denoising, turn, time.monotonic()

@@ -27,13 +27,15 @@ from services.diffusion.optimization import (
     set_attention,
     try_compiled,
 )
+from services.diffusion.option_settings import Attention
 from services.diffusion.order import Limits
 from services.diffusion.preview import PreviewMap, example_picture, fit_preview
 from services.diffusion.settings import DiffusionSettings
 from services.diffusion.shelf import Shelf, default_files
 from shared.checkpoint import UnusableModel, read_json, require_parts, require_weights
-from shared.errors import InvalidField
+from shared.errors import InvalidField, OutOfMemory
 from shared.fingerprint import fingerprint_of, fingerprint_of_files
+from shared.settings import Quantization
 from shared.tensors import pick_device
 
 CPU_BATCH_TOKENS = 2560
@@ -112,13 +114,26 @@ def assemble(
 def _fingerprint(root: Path, settings: DiffusionSettings, dtype: str) -> str:
     """Of the checkpoint, and of what else changes pictures by more than rounding."""
     loras = [(fingerprint_of_files([lora.path]), lora.scale) for lora in settings.loras]
-    options = f"{dtype} {settings.quantization.value} {settings.cache_dit} {loras}"
+    attention = settings.attention.value if settings.attention is Attention.SAGE else ""  # which rounds to 8 bits
+    options = f"{dtype} {settings.quantization.value} {settings.cache_dit} {attention} {loras}"
     return fingerprint_of([root / part for part in settings.parts], options)
 
 
 def _rehearse(model: ZImageModel, settings: DiffusionSettings) -> None:
-    for parameters, pictures in rehearsals(settings):
-        model.rehearse(parameters, tokens=REHEARSAL_TOKENS, pictures=pictures)
+    for rehearsal in rehearsals(settings, limits_of(settings).batch_of):
+        size = f"{rehearsal.parameters.width}x{rehearsal.parameters.height}"
+        try:
+            model.rehearse(
+                rehearsal.parameters,
+                tokens=REHEARSAL_TOKENS,
+                negative_tokens=rehearsal.negative_tokens,
+                pictures=rehearsal.pictures,
+            )
+        except OutOfMemory:
+            raise UnusableModel(
+                f"the device has too little free memory to compile for {rehearsal.pictures} pictures of {size}: leave "
+                "that size out of optimization.compile_sizes, or --compile"
+            ) from None
 
 
 def _prepare(transformer: Any, settings: DiffusionSettings, device: torch.device) -> bool:
@@ -126,11 +141,11 @@ def _prepare(transformer: Any, settings: DiffusionSettings, device: torch.device
     offloaded = is_offloaded(settings, device)
     if settings.cpu_offload and not offloaded:
         log.warning("--cpu-offload changes nothing: the DiT runs on the CPU already")
-    if not offloaded:
+    if not offloaded and settings.quantization is Quantization.NONE:
         transformer.to(device)
     fuse_loras(transformer, default_files(settings))
     takes_masks = set_attention(transformer, settings, device)
-    quantize_blocks(transformer, settings, device)
+    quantize_blocks(transformer, settings, device)  # brings it to the device, where as it is it may not fit
     return takes_masks
 
 

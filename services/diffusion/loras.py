@@ -17,13 +17,15 @@ from torch import nn
 
 from services.diffusion.lora_settings import LORA_SUFFIX, LoraFile
 from shared.checkpoint import UnusableModel
+from shared.tensors import DEVICE_ERROR, is_out_of_memory
 from shared.wire import WireError, read_file_header
 
 PREFIX = "transformer."  # what diffusers puts before every name that it has translated
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"  # [rank, inputs] and [outputs, rank]: the change is UP @ DOWN
 WRAPPED, LORA_PART = ".base_layer", ".lora_"  # names of a layer, and of what is added to it, once peft has wrapped it
 UNREADABLE = (ValueError, KeyError, TypeError, RuntimeError, AttributeError, IndexError)
-"""What diffusers and peft raise, among others, for files that they cannot make sense of."""
+"""What diffusers and peft raise, among others, for files that they cannot make sense of; `_of_the_file` tells those
+of the device from them."""
 
 log = structlog.get_logger(__name__)
 
@@ -97,6 +99,8 @@ def add_lora(transformer: Any, path: Path, *, adapter: str | None = None) -> int
             dict(lora.tensors), transformer, adapter_name=adapter, metadata=lora.metadata, low_cpu_mem_usage=True
         )
     except UNREADABLE as error:
+        if not _of_the_file(error):
+            raise
         log.warning("a LoRA cannot be added", path=str(path), cause=repr(error))
         raise UnusableModel(f"the LoRA {path} cannot be added to this DiT") from None
     return lora.layers
@@ -109,9 +113,16 @@ def _fuse(transformer: Any, lora: LoraFile) -> int:
         transformer.fuse_lora(lora_scale=lora.scale)
         transformer.unload_lora()
     except UNREADABLE as error:
+        if not _of_the_file(error):
+            raise
         log.warning("a LoRA cannot be fused", path=str(lora.path), cause=repr(error))
         raise UnusableModel(f"the LoRA {lora.path} cannot be added to this DiT") from None
     return layers
+
+
+def _of_the_file(error: Exception) -> bool:
+    """Not of a device that has too little memory left, or that was lost."""
+    return not (is_out_of_memory(error) or isinstance(error, DEVICE_ERROR))
 
 
 def _check_tensors(transformer: Any, path: Path, tensors: Mapping[str, torch.Tensor]) -> None:

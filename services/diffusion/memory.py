@@ -8,10 +8,10 @@ import torch
 
 from services.diffusion.option_settings import OffloadMode
 from services.diffusion.settings import DiffusionSettings
-from shared.checkpoint import checkpoint_dtype, weight_bytes
-from shared.tensors import dtype_of, pick_device, require_memory
+from shared.checkpoint import checkpoint_dtype
+from shared.settings import Quantization
+from shared.tensors import CPU, bytes_of, dtype_of, loaded_bytes, pick_device, require_memory
 
-CPU = torch.device("cpu")
 NAMES = {"transformer": "the DiT", "vae": "the VAE"}
 
 
@@ -21,8 +21,15 @@ def is_offloaded(settings: DiffusionSettings, device: torch.device) -> bool:
 
 
 def weights_dtype(folder: Path, settings: DiffusionSettings) -> torch.dtype:
-    """The dtype that the weights of that folder are loaded in."""
-    return dtype_of(settings.diffusion_dtype, checkpoint_dtype(folder))
+    """The dtype that the weights of that folder are loaded in: by the device on which they compute."""
+    device = pick_device(settings.vae_device if folder.name == "vae" else settings.dit_device)
+    return dtype_of(settings.diffusion_dtype, checkpoint_dtype(folder), device)
+
+
+def part_bytes(folder: Path, settings: DiffusionSettings) -> int:
+    """Bytes of the weights of that folder once they are loaded."""
+    quantization = settings.quantization if folder.name == "transformer" else Quantization.NONE
+    return loaded_bytes(folder, weights_dtype(folder, settings), quantization)
 
 
 def require_room(root: Path, settings: DiffusionSettings, device: torch.device) -> None:
@@ -33,7 +40,7 @@ def require_room(root: Path, settings: DiffusionSettings, device: torch.device) 
     for place, parts in places.items():
         require_memory(
             place,
-            sum(weight_bytes(root / part, weights_dtype(root / part, settings).itemsize) for part in parts),
+            sum(part_bytes(root / part, settings) for part in parts),
             what=f"{' and '.join(NAMES[part] for part in parts)} of {root}",
             advice=_advice(settings, place),
         )
@@ -44,7 +51,7 @@ def resident_bytes(transformer: Any, vae: Any, settings: DiffusionSettings, devi
 
     Of a whole DiT that is offloaded, DiT and VAE lie there in turns.
     """
-    weights = {part: int(sum(weight.nbytes for weight in part.parameters())) for part in (transformer, vae)}
+    weights = {part: sum(map(bytes_of, part.parameters())) for part in (transformer, vae)}
     if is_offloaded(settings, device):
         return max(weights.values()) if settings.offload_mode is OffloadMode.MODEL else weights[vae]
     there = [part for part in (transformer, vae) if part.device.type == device.type]
@@ -55,4 +62,6 @@ def _advice(settings: DiffusionSettings, place: torch.device) -> str:
     other = "choose other devices with --dit-device and --vae-device"
     if place.type == "cpu" or settings.cpu_offload:
         return f"free some of it, or {other}"
-    return f"free some of it, keep the DiT in main memory with --cpu-offload, or {other}"
+    if settings.quantization is not Quantization.NONE:
+        return f"free some of it, choose --cpu-offload instead of --quantization, or {other}"
+    return f"free some of it, halve it with --quantization, keep the DiT in main memory with --cpu-offload, or {other}"

@@ -78,7 +78,6 @@ class ZImageModel:
         self._live: WeakSet[Denoising] = WeakSet()
         self.adapters = parts.adapters
         self.footprint = footprint
-        self._counted_loras: set[str] = set()  # which `free_bytes` found on the device
         total = total_memory(parts.device)
         self.capacity_bytes = None if total is None else total - parts.weight_bytes
         self.facts = ModelFacts(
@@ -131,7 +130,7 @@ class ZImageModel:
     def decode(self, pictures: Sequence[Denoising]) -> Sequence[Any]:
         """Finished pictures of one size, each as a numpy array uint8 [height, width, 3], or None where its numbers
         overflowed. Raises OutOfMemory."""
-        return self._in_memory(partial(self._decode, pictures))
+        return within_memory(self.parts.vae_device, partial(self._decode, pictures), what="picture")
 
     @torch.inference_mode()
     def preview(self, picture: Denoising) -> Any:
@@ -142,23 +141,40 @@ class ZImageModel:
         """
         return self._in_memory(partial(self._preview, picture))
 
-    def rehearse(self, parameters: DiffusionParameters, *, tokens: int, pictures: int = 1) -> None:
+    def rehearse(
+        self, parameters: DiffusionParameters, *, tokens: int, negative_tokens: int | None = None, pictures: int = 1
+    ) -> None:
         """Makes one step of pictures that nobody asked for. Raises what the forward raises."""
         text = torch.zeros(tokens, self.facts.text_width)
-        self.step([self.start(parameters, text, None) for _ in range(pictures)])
+        negative = None if negative_tokens is None else torch.zeros(negative_tokens, self.facts.text_width)
+        self.step([self.start(parameters, text, negative) for _ in range(pictures)])
 
     def fits(self, shapes: Sequence[Shape], free_bytes: int | None) -> bool:
         """Whether pictures of these shapes can be in the making at once, LoRAs and all."""
         loras = {name for shape in shapes for name, _ in shape.loras}
         if not self.adapters.fit(loras):
             return False
-        taken = self.footprint.together(shapes) + self.adapters.bytes_of(loras - self._counted_loras)
-        return free_bytes is None or taken <= free_bytes
+        return free_bytes is None or self.footprint.together(shapes) + self.adapters.bytes_of(loras) <= free_bytes
 
     def free_bytes(self) -> int | None:
-        """What the device has free beside the LoRAs that are there, None where that cannot be told."""
-        self._counted_loras = set(self.adapters.loaded)
-        return free_memory(self.parts.device)
+        """What the device has for pictures and their LoRAs while none is in the making, None where that cannot be told.
+
+        LoRAs that are there could be taken off it; weights that come only for the work are not there yet.
+        """
+        free = free_memory(self.parts.device)
+        if free is None or self.capacity_bytes is None:
+            return free
+        return min(free + self.adapters.loaded_bytes, self.capacity_bytes)
+
+    def make_room(self, shapes: Sequence[Shape], free_bytes: int | None) -> None:
+        """Takes LoRAs off the device that leave too little of it for pictures of these shapes."""
+        if free_bytes is not None:
+            wanted = {name for shape in shapes for name, _ in shape.loras}
+            self.adapters.keep_within(free_bytes - self.footprint.together(shapes), wanted)
+
+    def drop_idle_loras(self) -> None:
+        """Takes every LoRA off the device that no picture in the making has."""
+        self.adapters.keep_within(0, self._loras_in_use())
 
     def check_device(self) -> None:
         """A little work, waited for: raises what the driver says when the device is lost."""
@@ -172,7 +188,7 @@ class ZImageModel:
         loras: tuple[Lora, ...],
         references: Sequence[torch.Tensor],
     ) -> Denoising:
-        self.adapters.load(loras, in_use={name for picture in self._live for name, _ in picture.loras})
+        self.adapters.load(loras, in_use=self._loras_in_use())
         device = self.parts.device
         rows, columns = (PATCH * (side // (PATCH * self._cell_px)) for side in (parameters.height, parameters.width))
         noise = first_noise(parameters.seed, channels=self._transformer.config.in_channels, height=rows, width=columns)
@@ -197,6 +213,9 @@ class ZImageModel:
             self.parts.before_picture(parameters.steps)
         self._live.add(picture)
         return picture
+
+    def _loras_in_use(self) -> set[str]:
+        return {name for picture in self._live for name, _ in picture.loras}
 
     def _check_comparable(self, picture: Denoising) -> None:
         """Raises InvalidField for a picture whose forwards cannot be compared with each other, one step's with the
@@ -232,7 +251,8 @@ class ZImageModel:
             raise
 
     def _decode(self, pictures: Sequence[Denoising]) -> Sequence[Any]:
-        images = torch.stack(self.parts.cores.each(self._images, pictures))
+        cores = self.parts.cores if self.parts.vae_device.type == "cpu" else Cores(1)
+        images = torch.stack(cores.each(self._images, pictures))
         finite = torch.isfinite(images).flatten(1).all(1).tolist()
         pixels = (images * 0.5 + 0.5).clamp(0, 1).float()
         arrays = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
@@ -288,11 +308,11 @@ class ZImageModel:
     def _condition(
         self, embeddings: torch.Tensor, parameters: DiffusionParameters, references: Sequence[torch.Tensor] = ()
     ) -> torch.Tensor:
-        device = self.parts.device
-        fitted = fit(embeddings.to(device), self.facts.text_limit, parameters.long_prompt_mode)
+        """What the DiT reads of these embeddings: made where they are, as they may be far longer than what it reads."""
+        fitted = fit(embeddings, self.facts.text_limit, parameters.long_prompt_mode)
         if parameters.blending is not None:
-            fitted = blend(fitted, [reference.to(device) for reference in references], parameters.blending)
-        return fitted.to(self._dtype)
+            fitted = blend(fitted, references, parameters.blending)
+        return fitted.to(self.parts.device, self._dtype)
 
     def _in_memory(self, work: Callable[[], T]) -> T:
         return within_memory(self.parts.device, work, what="picture")

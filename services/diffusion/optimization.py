@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import structlog
@@ -17,19 +18,21 @@ from torch import nn
 from services.diffusion.footprint import TILE_PX
 from services.diffusion.kernels import Kernels, wanted_kernels
 from services.diffusion.option_settings import OffloadMode, OptionSettings, parse_size
+from services.diffusion.shapes import Shape, shape_of
 from shared.checkpoint import UnusableModel
 from shared.schemas.diffusion import DiffusionParameters
 from shared.schemas.fields import LongPromptMode
 from shared.settings import Quantization
-from shared.tensors import quantize
+from shared.tensors import CPU, free_memory, quantize
 
 MAX_VARIANTS = 32  # of a compiled block: with and without modulation, a mask, guidance; torch stops at 8
 CAUSE_CHARACTERS = 500
 QUANTIZED_PARTS = ("layers.", "noise_refiner.", "context_refiner.")
 """The blocks hold nearly all weights; what stands around them is small, and sensitive."""
-REHEARSAL_SIZE, REHEARSAL_TOKENS = (256, 176), 20
-"""Padded, 192 tokens of picture and 32 of text: torch.compile takes lengths for the same number that are equal here,
-to each other or to a width of the DiT, and compiles again once they differ."""
+REHEARSAL_SIZE, REHEARSAL_TOKENS, REHEARSAL_NEGATIVE_TOKENS = (256, 176), 20, 70
+"""Padded, 192 tokens of picture, 32 and 96 of texts: torch.compile takes lengths for the same number that are equal
+here, to each other or to a width of the DiT, and compiles again once they differ."""
+PINNED_SHARE = 1.5  # torch takes pinned memory in powers of two
 CACHE_SHARE, CACHE_WARMUP_STEPS = 4, 3  # one block in four always runs, and all do in the first steps
 INSTALL_CACHE_DIT = "install it with `uv pip install 'zimage-server[cache]'`"
 
@@ -82,8 +85,9 @@ def quantize_blocks(transformer: Any, settings: OptionSettings, device: torch.de
 def offload(transformer: Any, vae: Any, device: torch.device, mode: OffloadMode) -> None:
     """Keeps the DiT's weights in main memory; each block's, or all of them, are on the device while they compute.
 
-    By blocks, the next block is copied while this one computes on a GPU. As a whole, DiT and VAE make room for each
-    other where both compute on that device.
+    By blocks, the next block is copied while this one computes on a GPU, from pages that the system may not move: a
+    second copy of the weights for a while, which is done without where main memory has no room for it. As a whole, DiT
+    and VAE make room for each other where both compute on that device.
     """
     if mode is OffloadMode.MODEL:
         _, dit_hook = cpu_offload_with_hook(transformer, device)
@@ -91,8 +95,13 @@ def offload(transformer: Any, vae: Any, device: torch.device, mode: OffloadMode)
             _, vae_hook = cpu_offload_with_hook(vae, device, prev_module_hook=dit_hook)
             dit_hook.hook.prev_module_hook = vae_hook
     else:
+        free, pinned = free_memory(CPU), PINNED_SHARE * sum(weight.nbytes for weight in transformer.parameters())
         transformer.enable_group_offload(
-            onload_device=device, offload_type="block_level", num_blocks_per_group=1, use_stream=device.type == "cuda"
+            onload_device=device,
+            offload_type="block_level",
+            num_blocks_per_group=1,
+            use_stream=device.type == "cuda",
+            low_cpu_mem_usage=free is not None and free < pinned,
         )
     log.info("the weights of the DiT stay in main memory", device=str(device), mode=mode.value)
 
@@ -141,10 +150,26 @@ def compile_blocks(transformer: Any, device: torch.device) -> None:
     transformer.compile_repeated_blocks(dynamic=True)
 
 
-def rehearsals(settings: OptionSettings) -> Sequence[tuple[DiffusionParameters, int]]:
-    """What is drawn at the start so that it is compiled: a small picture, then one of each size that is configured."""
-    sizes = [REHEARSAL_SIZE, *map(parse_size, settings.compile_sizes)]
-    return [(_rehearsal(width, height), pictures) for width, height in sizes for pictures in (1, 2)]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rehearsal:
+    """Pictures that are drawn so that what they need is compiled; with guidance where there are `negative_tokens`."""
+
+    parameters: DiffusionParameters
+    pictures: int = 1
+    negative_tokens: int | None = None
+
+
+def rehearsals(settings: OptionSettings, batch_of: Callable[[Shape], int]) -> Sequence[Rehearsal]:
+    """What is drawn at the start: a small picture and those of each size that is configured, by two as well where as
+    many of that shape may be drawn together (`batch_of`); then one with guidance, which needs masks."""
+    small = _rehearsal(*REHEARSAL_SIZE)
+    guided = small.model_copy(update={"guidance_scale": 1.0})
+    drawn: list[Rehearsal] = []
+    for parameters in (small, *(_rehearsal(*parse_size(size)) for size in settings.compile_sizes)):
+        shape = shape_of(parameters, text=REHEARSAL_TOKENS, negative=None, loras=())
+        counts = range(1, min(2, batch_of(shape)) + 1)
+        drawn += [Rehearsal(parameters=parameters, pictures=count) for count in counts]
+    return [*drawn, Rehearsal(parameters=guided, negative_tokens=REHEARSAL_NEGATIVE_TOKENS)]
 
 
 def try_compiled(draw: Callable[[], object]) -> None:

@@ -1,7 +1,8 @@
 """Which pictures are begun, and which of those in the making make the next step together. Knows no device.
 
 Waiting pictures are begun by priority, then age. Pictures of one shape form a group; groups take turns, the one whose
-turn is longest ago first, so that short pictures are not held up by long ones and none starves.
+turn is longest ago first, so that short pictures are not held up by long ones and none starves. A full group takes in
+what would be done well before it, or is more urgent: its pictures then take turns.
 """
 
 from collections import defaultdict
@@ -12,6 +13,7 @@ from typing import Protocol, TypeVar
 from services.diffusion.shapes import Shape
 from shared.schemas.fields import Priority
 
+SHORT = 0.5  # of the steps that a group has left: a picture of so few joins it also where it is full
 _RANKS = {priority: rank for rank, priority in enumerate(Priority)}
 
 
@@ -25,6 +27,10 @@ class Picture(Protocol):
     @property
     def priority(self) -> Priority:
         """As it was asked for."""
+
+    @property
+    def steps_left(self) -> int:
+        """Steps that are still to be done."""
 
     @property
     def number(self) -> int:
@@ -66,18 +72,31 @@ def admissible(
     One whose group is full is passed over, as its turn comes when the group's first is done. One that does not fit
     into memory holds up all behind it: if smaller ones went first it might wait forever.
     """
-    shapes = [one.shape for one in running]
+    begun: list[Picture] = list(running)
     chosen: list[P] = []
     for one in in_line(waiting):
-        if len(shapes) >= limits.running:
+        if len(begun) >= limits.running:
             break
-        if shapes.count(one.shape) >= limits.batch_of(one.shape):
+        if not _may_join(one, [other for other in begun if other.shape == one.shape], limits):
             continue
-        if not fits([*shapes, one.shape]):
+        if not fits([*(other.shape for other in begun), one.shape]):
             break
-        shapes.append(one.shape)
+        begun.append(one)
         chosen.append(one)
     return chosen
+
+
+def _may_join(one: Picture, group: Sequence[Picture], limits: Limits) -> bool:
+    """Whether a picture may be in the making beside those of its shape."""
+    most = limits.batch_of(one.shape)
+    if len(group) < most:
+        return True
+    behind = [
+        other
+        for other in group
+        if _RANKS[one.priority] < _RANKS[other.priority] or one.steps_left <= SHORT * other.steps_left
+    ]
+    return len(group) < 2 * most and len(behind) >= most
 
 
 def next_group(running: Iterable[P], limits: Limits) -> Sequence[P]:

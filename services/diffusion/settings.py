@@ -30,7 +30,9 @@ class DiffusionSettings(ModelSettings, DataSettings, OptionSettings):
         description="Device for the VAE (cpu/cuda/mps/auto).",
     )
     diffusion_dtype: Dtype = setting(
-        Dtype.AUTO, key="diffusion.dtype", description="number format of the weights; auto is the checkpoint's own"
+        Dtype.AUTO,
+        key="diffusion.dtype",
+        description="number format of the weights; auto is bfloat16 on a GPU, else the checkpoint's own",
     )
     max_pixels: int = setting(
         DEFAULT_MAX_PIXELS, key="generation.max_pixels", ge=256, description="largest width x height of a picture"

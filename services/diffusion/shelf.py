@@ -1,9 +1,10 @@
-"""The LoRA files that requests may name: a folder, looked through anew whenever someone asks. Loads nothing.
+"""The LoRA files that requests may name: a folder, looked at anew whenever someone asks. Loads nothing.
 
 A name is a file's place in the folder without its suffix. What a request says is looked up here, never made a path.
 """
 
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,8 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShelfLora:
-    """A file of the folder; `stamp` changes with the file, `numbers` are those of its matrices."""
+    """A file of the folder; `stamp`, when it was written and its bytes, changes with the file; `numbers` are those of
+    its matrices."""
 
     name: str
     path: Path
@@ -48,15 +50,19 @@ class Shelf:
         self._folder = settings.lora_dir
         self._flags = settings.loras
         self._seen: dict[Path, ShelfLora | None] = {}
+        self._looking = threading.Lock()
         self.files: Mapping[str, ShelfLora] = {}
         self.refresh()
         self.default: tuple[Lora, ...] = () if self._folder is None else self._default()
 
     def refresh(self) -> None:
         """Looks what is in the folder now. A file that is not whole safetensors is left out, and logged once."""
-        if self._folder is None:
-            return
-        paths = sorted(self._folder.rglob(f"*{LORA_SUFFIX}"))[:MAX_FILES]
+        if self._folder is not None:
+            with self._looking:
+                self._look_through(self._folder)
+
+    def _look_through(self, folder: Path) -> None:
+        paths = sorted(folder.rglob(f"*{LORA_SUFFIX}"))[:MAX_FILES]
         found = {_printable(self._name(path)): path for path in paths}
         there = {path.resolve() for path in paths} if self._flags else set()
         for flag in self._flags:  # may lie elsewhere; a file of the folder keeps its name
@@ -78,7 +84,7 @@ class Shelf:
         names = [choice.name for choice in choices]
         if len(set(names)) < len(names):
             raise InvalidField("'loras' names a LoRA twice; give it once, with the sum of the scales.")
-        if not set(names) <= set(self.files):
+        if not all(self._is_as_seen(name) for name in names):
             self.refresh()
         for name in names:
             if name not in self.files:
@@ -87,7 +93,15 @@ class Shelf:
 
     def bytes_of(self, names: set[str], item_bytes: int) -> int:
         """Bytes of these LoRAs once they are loaded, a number in `item_bytes`."""
-        return sum(self.files[name].numbers * item_bytes for name in names if name in self.files)
+        files = self.files  # which another thread may replace
+        return sum(files[name].numbers * item_bytes for name in names if name in files)
+
+    def _is_as_seen(self, name: str) -> bool:
+        lora = self.files.get(name)
+        try:
+            return lora is not None and _stamp(lora.path) == lora.stamp
+        except OSError:
+            return False
 
     def _refuse(self, choices: Sequence[LoraChoice]) -> None:
         if choices:
@@ -115,8 +129,7 @@ class Shelf:
 
     def _look_at(self, name: str, path: Path) -> ShelfLora | None:
         try:
-            status = path.stat()
-            stamp = status.st_mtime_ns, status.st_size
+            stamp = _stamp(path)
             known = self._seen.get(path)
             if known is not None and known.stamp == stamp:
                 return known
@@ -131,7 +144,7 @@ class Shelf:
             name=name,
             path=path,
             stamp=stamp,
-            bytes=status.st_size,
+            bytes=stamp[1],
             numbers=sum(math.prod(tensor.shape) for tensor in header.tensors),
             rank=_rank(header),
             metadata=_short(header.metadata),
@@ -143,6 +156,11 @@ class Shelf:
 def default_files(settings: LoraSettings) -> Sequence[LoraFile]:
     """The LoRAs to fuse at the start: the flags', where requests cannot choose others."""
     return settings.loras if settings.lora_dir is None else ()
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_mtime_ns, status.st_size
 
 
 def _rank(header: Header) -> int | None:

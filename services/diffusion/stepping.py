@@ -15,6 +15,7 @@ from services.diffusion.denoising import Denoising
 from services.diffusion.jobs import Drawn, PictureJob, Sketch, Waits
 from services.diffusion.model import ZImageModel
 from services.diffusion.order import Limits, admissible, decoded_together, in_line, next_group
+from services.diffusion.shapes import Shape
 from shared.errors import (
     InternalError,
     NumericalError,
@@ -39,8 +40,10 @@ class StepScheduler:
         self.max_waiting = max_waiting
         self._memory_bytes = memory_bytes
         self._free_bytes: int | None = None
+        self._most: dict[Shape, int] = {}  # pictures that fitted into a step after more of them had not
         self._waiting: list[PictureJob] = []
         self._running: list[PictureJob] = []
+        self._refused: ServiceError | None = None
         self._ticks = 0
         self._lock = threading.Lock()
 
@@ -62,8 +65,10 @@ class StepScheduler:
             )
 
     def add(self, job: PictureJob) -> None:
-        """Puts a picture into the queue. Raises QueueFull."""
+        """Puts a picture into the queue. Raises QueueFull, and what all were refused with."""
         with self._lock:
+            if self._refused is not None:
+                raise self._refused
             self.check_room()
             self._waiting.append(job)
             self._tell_places()
@@ -77,12 +82,14 @@ class StepScheduler:
                 self._tell_places()
 
     def refuse_all(self, begun: ServiceError, waiting: ServiceError) -> None:
-        """Ends every picture with an error, those in the making with another than those that wait."""
+        """Ends every picture with an error, those in the making with another than those that wait or are still to
+        come."""
         with self._lock:
-            left, self._waiting = self._waiting, []
-        for job in (*self._running, *left):
+            self._refused = waiting
+            left, self._waiting = [*self._running, *self._waiting], []
+            self._running = []
+        for job in left:
             job.fail(waiting if job.denoising is None else begun)
-        self._running.clear()
 
     def tick(self, model: ZImageModel) -> bool:
         """Moves pictures on by one step of one group; answers whether there may be more to do.
@@ -94,7 +101,7 @@ class StepScheduler:
         group = next_group(self._running, self.limits)
         if group:
             self._ticks += 1
-            self._step(model, group)
+            self._step(model, group[: self._most.get(group[0].shape)])
         return bool(self._running or self._waiting)
 
     def _let_go(self) -> None:
@@ -109,22 +116,37 @@ class StepScheduler:
         if not self._waiting:
             return
         if not self._running:  # only then is what is free not what pictures in the making have left over
-            self._free_bytes = model.free_bytes() if self._memory_bytes is None else self._memory_bytes
+            self._measure(model)
         with self._lock:
-            chosen = admissible(
-                self._waiting, self._running, self.limits, lambda shapes: model.fits(shapes, self._free_bytes)
-            )
-            too_large = not chosen and not self._running
+            chosen = self._admissible(model)
+            head = [] if chosen or self._running else self.waiting[:1]
+            if head and model.footprint.decode_in_tiles(head[0].shape.pixels):
+                chosen = self._admissible(model)
+            too_large = bool(head) and not chosen
             if too_large:
-                chosen = self.waiting[:1]
+                chosen = head
             self._waiting = [job for job in self._waiting if job not in chosen]
             self._running += [] if too_large else chosen
             self._tell_places()
+        if chosen and not too_large:
+            model.make_room([job.shape for job in self._running], self._free_bytes)
         for job in chosen:
             if too_large:
                 job.fail(OutOfMemory("The device has too little free memory for this picture.", retry_after_s=10))
             else:
                 self._begin(model, job)
+
+    def _measure(self, model: ZImageModel) -> None:
+        """Looks how much memory there is for pictures, which other programs on the device change too."""
+        self._most.clear()
+        self._free_bytes = model.free_bytes() if self._memory_bytes is None else self._memory_bytes
+        if self._free_bytes is not None:
+            model.footprint.tile_within(self._free_bytes)
+
+    def _admissible(self, model: ZImageModel) -> list[PictureJob]:
+        return admissible(
+            self._waiting, self._running, self.limits, lambda shapes: model.fits(shapes, self._free_bytes)
+        )
 
     def _begin(self, model: ZImageModel, job: PictureJob) -> None:
         request = job.request
@@ -149,6 +171,8 @@ class StepScheduler:
                 self._fail(model, group, error)
                 return
             self._look_at(model, group, error)
+            if isinstance(error, OutOfMemory):
+                self._most[group[0].shape] = len(group) // 2
             for half in (group[: len(group) // 2], group[len(group) // 2 :]):
                 self._step(model, half)
             return
@@ -188,7 +212,8 @@ class StepScheduler:
         try:
             arrays = model.decode(_denoisings(jobs))
         except Exception as error:  # noqa: BLE001 - one bad picture must not end the service
-            if len(jobs) == 1:
+            pixels = jobs[0].shape.pixels
+            if len(jobs) == 1 and not (isinstance(error, OutOfMemory) and model.footprint.decode_in_tiles(pixels)):
                 self._fail(model, jobs, error)
                 return
             self._look_at(model, jobs, error)
@@ -218,6 +243,7 @@ class StepScheduler:
             raise error
         if isinstance(error, OutOfMemory):
             model.footprint.note_error()
+            model.drop_idle_loras()
             log.warning("the device ran out of memory", request_ids=[job.request.request_id for job in jobs])
         elif not isinstance(error, ServiceError):
             ids = [job.request.request_id for job in jobs]

@@ -5,6 +5,7 @@ import io
 import threading
 from collections.abc import Iterator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -169,6 +170,20 @@ class TestMemory:
                 await draw(engine, request())
             model.free = 1 << 40
             await draw(engine, request())
+
+    async def test_what_fits_only_if_it_is_decoded_in_tiles_is_drawn(self, model: WatchedModel) -> None:
+        fields = {"width": 768, "height": 768, "steps": 1}
+        shape = model.inner.start(parameters(**fields), embeddings(20), None).shape
+        tiled = replace(model.footprint)
+        assert tiled.decode_in_tiles(shape.pixels)
+        assert tiled.together([shape]) < model.footprint.together([shape])
+        async with running(model) as engine:
+            model.free = tiled.together([shape])
+            await draw(engine, request(**fields))
+            assert model.footprint.tiled_above < shape.pixels
+            model.free = 1 << 40
+            await draw(engine, request())
+            assert model.footprint.tiled_above == model.footprint.tiling_pixels
 
 
 class TestNews:

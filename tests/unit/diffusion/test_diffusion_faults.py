@@ -17,7 +17,7 @@ from inprocess import eventually
 from services.diffusion.denoising import Denoising
 from services.diffusion.engine import DiffusionEngine, PreviewReady
 from services.diffusion.model import ZImageModel
-from shared.device_thread import EXIT_DEVICE_FAILED
+from shared.device_thread import EXIT_DEVICE_FAILED, DeviceThread
 from shared.errors import DeviceFailed, InternalError, InvalidField, NotBegun, NumericalError, OutOfMemory, Unready
 from shared.tensors import is_out_of_memory
 
@@ -83,6 +83,20 @@ async def test_a_group_that_is_too_large_goes_on_in_halves(model: WatchedModel) 
         model.gate.set()
         await asyncio.gather(first, *tasks)
         assert model.footprint.together(shapes) > before, "what did not fit is expected to take more from now on"
+    assert [len(group) for group in model.steps].count(4) == 1, "what did not fit is not tried at every step"
+
+
+async def test_a_picture_too_large_to_be_decoded_whole_is_decoded_in_tiles(model: WatchedModel) -> None:
+    fields = {"seed": 1, "width": 768, "height": 768, "steps": 1}
+    whole = drawn_by(model.inner, **fields)
+    model.inner.footprint = model.footprint
+    async with running(model) as engine:
+        model.break_decode.append(FULL)
+        picture = await draw(engine, request(**fields))
+    assert model.decoded == [(1,), (1,)]
+    assert model.footprint.tiled_above < 768 * 768
+    assert np.array_equal(pixels_of(picture), drawn_by(model.inner, **fields))
+    assert not np.array_equal(pixels_of(picture), whole)
 
 
 async def test_pictures_too_large_to_be_decoded_at_once_are_decoded_one_by_one(model: WatchedModel) -> None:
@@ -188,6 +202,10 @@ async def test_a_device_that_is_lost_ends_the_process(model: WatchedModel, log: 
         assert engine.device.unready_reason() == "the device failed"
         with pytest.raises(Unready):
             await draw(engine, request())
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(NotBegun):
+            patch.setattr(DeviceThread, "model", model)  # as it was when this one came and its LoRAs were looked up
+            async with asyncio.timeout(30):
+                await draw(engine, request())
         assert engine.pictures.running == engine.pictures.waiting == []
     finally:
         await engine.stop()

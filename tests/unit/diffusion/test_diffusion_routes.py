@@ -150,6 +150,25 @@ async def test_another_content_type(client: httpx2.AsyncClient, content_type: st
     assert MEDIA_TYPE in check_problem(answer, 415, "wrong_content_type")["detail"]
 
 
+async def test_large_bodies_have_a_bound_together(model: WatchedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text of tens of thousands of tokens has hundreds of megabytes; usual ones go on beside them."""
+    usual, large = message(), message(tensors={"text": embeddings(200)})
+    monkeypatch.setattr(app_module, "USUAL_BODY_BYTES", len(usual))
+    monkeypatch.setattr(app_module, "LARGE_BODIES_BYTES", 2 * len(large) - 1)
+    app = await asyncio.to_thread(create_app, DiffusionSettings(max_pixels=128 * 128), model=model)
+    async with client_of(app) as client:
+        model.gate.clear()
+        first = asyncio.create_task(draw(client, large))
+        await eventually(model.entered.is_set)
+        refused = await draw(client, large)
+        assert "large bodies" in check_problem(refused, 429, "queue_full")["detail"]
+        assert refused.headers["retry-after"]
+        beside = asyncio.create_task(draw(client, usual))
+        model.gate.set()
+        assert [answer.status_code for answer in await asyncio.gather(first, beside)] == [200, 200]
+        assert (await draw(client, large)).status_code == 200
+
+
 async def test_a_body_that_says_it_is_too_large(client: httpx2.AsyncClient) -> None:
     async def nothing() -> AsyncIterator[bytes]:
         yield b""

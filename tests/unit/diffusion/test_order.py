@@ -28,6 +28,11 @@ class Job:
     turn: int = 0
     steps: int = 3
 
+    @property
+    def steps_left(self) -> int:
+        """As many as there are."""
+        return self.steps
+
 
 def anything(_: Sequence[Shape]) -> bool:
     return True
@@ -107,6 +112,40 @@ def test_one_whose_group_is_full_is_passed_over() -> None:
     running = [Job(number) for number in range(3)]
     waiting = [Job(3), Job(4, LARGE), Job(5, INKED)]
     assert admissible(waiting, running, LIMITS, anything) == waiting[1:]
+
+
+@pytest.mark.parametrize(
+    ("one", "joins"),
+    [
+        (Job(9, steps=50), True),
+        (Job(9, steps=51), False),
+        (Job(9, steps=100, priority=Priority.HIGH), True),
+        (Job(9, steps=50, priority=Priority.LOW), True),
+        (Job(9, LARGE, steps=100), True),
+    ],
+)
+def test_a_full_group_takes_in_what_is_short_or_urgent(one: Job, *, joins: bool) -> None:
+    running = [Job(number, steps=100) for number in range(3)]
+    assert admissible([one], running, LIMITS, anything) == [one] * joins
+
+
+def test_a_full_group_takes_in_only_as_many_again() -> None:
+    running = [Job(number, steps=100) for number in range(3)]
+    waiting = [Job(number, steps=4) for number in range(3, 9)]
+    limits = replace(LIMITS, running=100)
+    assert admissible(waiting, running, limits, anything) == waiting[:3]
+
+
+def test_a_short_picture_does_not_wait_for_a_long_one_of_its_shape() -> None:
+    limits = replace(LIMITS, batch=1)
+    waiting, running = [Job(1, steps=4)], [Job(0, steps=100)]
+    for tick in range(1, 9):
+        chosen = admissible(waiting, running, limits, anything)
+        waiting = [job for job in waiting if job not in chosen]
+        running += chosen
+        for job in next_group(running, limits):
+            job.turn, job.steps = tick, job.steps - 1
+    assert [job.steps for job in running] == [96, 0]
 
 
 @pytest.mark.parametrize(("shape", "expected"), [(SMALL, 3), (LARGE, 2), (replace(LARGE, negative_tokens=32), 1)])

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from drawing import draw, load, load_pipeline
+from fakes import embeddings, parameters
 from lora_files import write, write_diffusers, write_kohya, write_original
 from safetensors.torch import load_file, save_file
 
 from services.diffusion.model import ZImageModel
+from services.diffusion.shapes import Shape
 from shared.checkpoint import UnusableModel
-from shared.errors import InvalidField, UnknownName
+from shared.errors import InvalidField, OutOfMemory, UnknownName
 from shared.schemas.diffusion import LoraChoice
 
 FORMATS = {"diffusers": write_diffusers, "kohya": write_kohya, "original": write_original}
@@ -113,18 +115,66 @@ class TestKeeping:
         before = draw(model, loras=(("ink", 1.0),))
         shutil.copy(folder / "oil.safetensors", folder / "ink.safetensors")
         os.utime(folder / "ink.safetensors", (1, 1))
-        model.adapters.shelf.refresh()
-        after = draw(model, loras=(("ink", 1.0),))
+        after = draw(model, loras=model.adapters.choose([LoraChoice(name="ink")]))
         assert not np.array_equal(after, before)
         assert np.array_equal(after, draw(model, loras=(("oil", 1.0),)))
 
     def test_a_file_that_goes_away(self, model: ZImageModel, folder: Path) -> None:
         loras = model.adapters.choose([LoraChoice(name="ink")])
         (folder / "ink.safetensors").unlink()
-        model.adapters.shelf.refresh()
+        with pytest.raises(UnknownName):
+            model.adapters.choose([LoraChoice(name="ink")])
         with pytest.raises(InvalidField, match="'ink' is no longer there"):
             draw(model, loras=loras)
         draw(model, loras=(("oil", 1.0),))
+
+
+class TestRoom:
+    """What LoRAs leave of a device's memory to pictures."""
+
+    def test_idle_ones_make_room(self, model: ZImageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+        draw(model, loras=(("ink", 1.0),))
+        one = model.adapters.loaded_bytes
+        assert one == model.adapters.shelf.bytes_of({"ink"}, 4) > 0
+        oiled = Shape(height=64, width=64, text_tokens=32, loras=(("oil", 1.0),))
+        needed = model.footprint.together([oiled]) + one
+        monkeypatch.setattr("services.diffusion.model.free_memory", lambda _: needed - one)
+        free = model.free_bytes()
+        assert free == needed, "what idles could be taken off the device"
+        assert model.fits([oiled], free)
+        model.make_room([oiled], free + one)
+        assert model.adapters.loaded == ["ink"], "there is room for both"
+        model.make_room([oiled], free)
+        assert model.adapters.loaded == []
+
+    def test_only_idle_ones_are_dropped(self, model: ZImageModel) -> None:
+        plain = draw(model)
+        picture = model.start(parameters(), embeddings(20), None, (("ink", 1.0),))
+        draw(model, loras=(("oil", 1.0),))
+        model.drop_idle_loras()
+        assert model.adapters.loaded == ["ink"]
+        model.step([picture])
+        assert np.array_equal(draw(model), plain)
+
+    @pytest.mark.parametrize(
+        ("error", "told"),
+        [
+            (torch.OutOfMemoryError("CUDA out of memory"), OutOfMemory),
+            (torch.AcceleratorError("device-side assert"), torch.AcceleratorError),
+            (RuntimeError("size mismatch"), InvalidField),
+        ],
+    )
+    def test_an_error_of_the_device_is_not_the_files(
+        self, model: ZImageModel, monkeypatch: pytest.MonkeyPatch, error: Exception, told: type[Exception]
+    ) -> None:
+        def fail(*_: Any, **__: Any) -> None:
+            raise error
+
+        with monkeypatch.context() as broken:
+            broken.setattr("services.diffusion.loras.ZImageLoraLoaderMixin.load_lora_into_transformer", fail)
+            with pytest.raises(told):
+                draw(model, loras=(("ink", 1.0),))
+        draw(model, loras=(("ink", 1.0),))
 
 
 class TestFolder:

@@ -12,7 +12,8 @@ from services.encoder.model import load_text_encoder
 from services.encoder.settings import EncoderSettings
 from shared import tensors
 from shared.checkpoint import UnusableModel, weight_bytes
-from shared.tensors import free_memory, host_memory, require_memory
+from shared.settings import Quantization
+from shared.tensors import bytes_of, free_memory, host_memory, loaded_bytes, require_memory
 
 CUDA = torch.device("cuda")
 MEMINFO = "MemTotal:       16000000 kB\nMemFree:          100000 kB\nMemAvailable:    8000000 kB\nHugePages_Total:  0\n"
@@ -37,6 +38,16 @@ def test_both_figures_and_the_advice_are_in_the_sentence(monkeypatch: pytest.Mon
         require_memory(CUDA, 12_310_000_000, what="the DiT", advice="free some of it")
     assert str(refusal.value) == ("the DiT takes 12.3 GB, but the device 'cuda' has only 3.14 GB free: free some of it")
     require_memory(CUDA, 3_140_000_000, what="the DiT", advice="")
+
+
+def test_weights_in_fewer_bits_need_less(tiny_checkpoint_bf16: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchao", reason="the extra `quantization` is not installed")
+    folder = tiny_checkpoint_bf16 / "transformer"
+    whole, kept = (loaded_bytes(folder, torch.bfloat16, kind) for kind in (Quantization.NONE, Quantization.INT8))
+    assert whole == weight_bytes(folder, 2)
+    assert whole / 2 < kept < 0.6 * whole
+    taken = sum(map(bytes_of, load(tiny_checkpoint_bf16, quantization="int8").parts.transformer.parameters()))
+    assert whole / 2 < taken < whole, "the size is that of the bits, not of what they stand for"
 
 
 def test_where_nothing_is_known_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
