@@ -1,7 +1,9 @@
-"""Where services are: lists of base URLs as settings hold them, and which addresses only this machine reaches."""
+"""Where services are: lists of base URLs as settings hold them, how they are shown, and which addresses only this
+machine reaches."""
 
 import ipaddress
 import json
+import re
 from typing import Annotated, Any
 
 from pydantic import AnyHttpUrl, BeforeValidator, Field, UrlConstraints
@@ -9,6 +11,7 @@ from pydantic_core import PydanticCustomError
 from pydantic_settings import NoDecode
 
 MAX_URLS = 64
+_PASSWORD = re.compile(r"(://[^\s,:@/]*):[^\s,'\"]*@")
 
 
 def split_list(value: Any) -> Any:
@@ -35,6 +38,16 @@ def _split_urls(value: Any) -> Any:
 ServiceUrl = Annotated[AnyHttpUrl, UrlConstraints(allowed_schemes=["http", "https"])]
 ServiceUrls = Annotated[tuple[ServiceUrl, ...], NoDecode, BeforeValidator(_split_urls), Field(max_length=MAX_URLS)]
 """Base URLs of the nodes of a service: a list, or a text with commas between them."""
+
+
+def without_passwords(text: str) -> str:
+    """The text as people may see it: with `***` in place of the password of each URL in it."""
+    return _PASSWORD.sub(r"\1:***@", text)
+
+
+def without_version(url: str) -> str:
+    """The base URL of a server whose paths begin with `/v1`, which people give with it or without."""
+    return url.rstrip("/").removesuffix("/v1")
 
 
 def is_loopback(host: str) -> bool:

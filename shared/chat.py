@@ -42,7 +42,3 @@ def format_prompt(conversation: Conversation) -> str:
     if conversation.assistant_content:
         parts.append(conversation.assistant_content)
     return "".join(parts)
-
-
-UNCONDITIONAL = format_prompt(Conversation(prompt=""))
-"""What guidance steers away from when no negative prompt is given: the empty user message, as in diffusers."""

@@ -17,6 +17,7 @@ import structlog
 from shared import problems
 from shared.errors import (
     BadUpstream,
+    InvalidField,
     QueueFull,
     ServiceError,
     Unauthorized,
@@ -29,7 +30,11 @@ from shared.requests import REQUEST_ID
 
 CONNECT_TIMEOUT_S = 5.0
 CONNECT_RETRIES = 2
-_LIMITS = httpx2.Limits(max_connections=256, max_keepalive_connections=64, keepalive_expiry=60.0)
+PLACE_TIMEOUT_S = 5.0  # that a request waits for one of the connections
+_WORK = httpx2.Limits(max_connections=256, max_keepalive_connections=64, keepalive_expiry=60.0)
+_QUESTIONS = httpx2.Limits(max_connections=8, max_keepalive_connections=2, keepalive_expiry=60.0)
+_REFUSALS = (HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNPROCESSABLE_ENTITY)
+"""With which a server says that a request, not the server, is at fault."""
 EVENTS = "text/event-stream"
 _ADDED_HEADERS = {"accept-encoding": "identity"}  # tensors and pictures do not shrink
 
@@ -47,7 +52,8 @@ class ServiceClient:
 
     `address` is where to connect instead of looking the URL's host up: one of several machines of that name. `foreign`
     is a server that is not ours: of its refusals nothing but the status is told. Connecting is tried again,
-    a request that has been sent is not.
+    a request that has been sent is not. What is asked by GET and DELETE has connections of its own, so that a service
+    with much to do still says what it is and gives up what is not wanted any more.
     """
 
     def __init__(  # noqa: PLR0913 - options by their names
@@ -71,24 +77,29 @@ class ServiceClient:
         self.base_url = str(url.copy_with(username=None, password=None)) if url.userinfo else str(url)
         self._foreign = foreign
         self._max_reply_bytes = max_reply_bytes
-        self._http = httpx2.AsyncClient(
-            base_url=url,
-            headers={**_ADDED_HEADERS, **named},
-            timeout=httpx2.Timeout(None, connect=CONNECT_TIMEOUT_S),
-            transport=transport
-            or httpx2.AsyncHTTPTransport(trust_env=False, limits=_LIMITS, retries=CONNECT_RETRIES * foreign),
-            trust_env=False,
-            follow_redirects=False,
+        retries = CONNECT_RETRIES * foreign
+        self._work, self._questions = (
+            httpx2.AsyncClient(
+                base_url=url,
+                headers={**_ADDED_HEADERS, **named},
+                timeout=httpx2.Timeout(None, connect=CONNECT_TIMEOUT_S, pool=PLACE_TIMEOUT_S),
+                transport=transport or httpx2.AsyncHTTPTransport(trust_env=False, limits=limits, retries=retries),
+                trust_env=False,
+                follow_redirects=False,
+            )
+            for limits in (_WORK, _QUESTIONS)
         )
 
     async def __aenter__(self) -> Self:
-        """Opens the connection pool."""
-        await self._http.__aenter__()
+        """Opens the connection pools."""
+        await self._work.__aenter__()
+        await self._questions.__aenter__()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         """Closes every connection."""
-        await self._http.aclose()
+        await self._work.aclose()
+        await self._questions.aclose()
 
     async def get(self, path: str, *, timeout_s: float) -> Reply:
         """GET, within `timeout_s` seconds. Raises a ServiceError."""
@@ -135,7 +146,7 @@ class ServiceClient:
         async with AsyncExitStack() as stack:
             with self._told(timeout_s):
                 async with asyncio.timeout_at(deadline):
-                    request = self._http.stream("POST", path, headers=sent, extensions=self._extensions, **body)
+                    request = self._work.stream("POST", path, headers=sent, extensions=self._extensions, **body)
                     response = await stack.enter_async_context(request)
                     if not response.is_success:
                         raise self._error(response, await self._read(response))
@@ -154,10 +165,11 @@ class ServiceClient:
     async def _call(
         self, method: str, path: str, *, timeout_s: float, headers: Mapping[str, str] | None = None, **body: Any
     ) -> Reply:
+        http = self._work if method == "POST" else self._questions
         with self._told(timeout_s):
             async with asyncio.timeout(timeout_s):
                 sent = {**_request_id(), **(headers or {})}
-                request = self._http.stream(method, path, headers=sent, extensions=self._extensions, **body)
+                request = http.stream(method, path, headers=sent, extensions=self._extensions, **body)
                 async with request as response:
                     content = await self._read(response)
         if response.is_success:
@@ -171,6 +183,8 @@ class ServiceClient:
             yield
         except TimeoutError:
             raise UpstreamTimeout(f"The {self.name} service did not answer within {timeout_s:g} s.") from None
+        except httpx2.PoolTimeout:
+            raise QueueFull(f"The {self.name} service has as many requests as it takes.", retry_after_s=5) from None
         except (httpx2.TimeoutException, httpx2.ConnectError):
             raise Unreachable(f"The {self.name} service cannot be reached.", retry_after_s=2) from None
         except httpx2.SSEError:
@@ -209,8 +223,15 @@ class ServiceClient:
         if not self._foreign and response.headers.get("content-type", "").startswith(problems.MEDIA_TYPE):
             return self.rebuilt(content, retry_after_s=seconds)
         told = f"The {self.name} service answered with status {response.status_code}."
-        busy = response.status_code == HTTPStatus.TOO_MANY_REQUESTS
-        return QueueFull(told, retry_after_s=seconds) if busy else BadUpstream(told)
+        if response.status_code == HTTPStatus.TOO_MANY_REQUESTS:
+            return QueueFull(told, retry_after_s=seconds)
+        if self._foreign and response.status_code in _REFUSALS:
+            error: ServiceError = InvalidField(
+                f"The {self.name} service refused it with status {response.status_code}."
+            )
+            error.told = True
+            return error
+        return BadUpstream(told)
 
 
 def _in_pieces(chunks: Iterable[bytes | memoryview]) -> tuple[AsyncIterator[bytes], dict[str, str]]:

@@ -181,6 +181,14 @@ class UpstreamTimeout(ServiceError):
     title = "A service did not answer in time"
 
 
+class StorageFailed(ServiceError):
+    """A file could not be written, as the disk is full or broken."""
+
+    status = 507
+    code = "storage_failed"
+    title = "The disk takes no more"
+
+
 def _subclasses(root: type[ServiceError]) -> Iterator[type[ServiceError]]:
     for child in root.__subclasses__():
         yield child

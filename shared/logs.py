@@ -4,6 +4,7 @@ Everything that logs through the standard library (uvicorn, transformers, diffus
 """
 
 import logging
+import os
 import sys
 from typing import Any, Literal
 
@@ -46,7 +47,21 @@ def configure_logs(service: str, *, log_format: LogFormat = "auto", debug: bool 
     root.setLevel(logging.DEBUG if debug else logging.INFO)
     for name in _QUIETER:
         logging.getLogger(name).setLevel(logging.INFO if debug and name == "uvicorn.error" else logging.WARNING)
+    if not sys.stderr.isatty():
+        _stop_progress_bars()
     structlog.contextvars.clear_contextvars()
+
+
+def _stop_progress_bars() -> None:
+    """Those of libraries, which in a file would stand between the lines and in them.
+
+    A library that comes later reads the variable; one that is here already has read it.
+    """
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    for library in ("transformers", "diffusers"):
+        module = sys.modules.get(f"{library}.utils.logging")
+        if module is not None:
+            module.disable_progress_bar()
 
 
 def _naming(service: str) -> Processor:

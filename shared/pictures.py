@@ -6,6 +6,7 @@ import re
 from shared.errors import BodyTooLarge, InvalidField
 
 MAX_PICTURE_BYTES = 20_000_000
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _DATA_URL = re.compile(r"data:image/[a-z0-9.+-]{1,32};base64,", re.IGNORECASE)
 _URL = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 

@@ -4,6 +4,7 @@ No text of a library's exception reaches a client: a failed validation is told i
 unknown error (which `shared.requests` catches) by its request id alone, under which the log has the trace.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -13,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, Field
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -96,7 +98,10 @@ def install_handlers(app: FastAPI) -> None:
 
     async def http_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)  # noqa: S101 - registered for this class only
-        return _response(request, _from_http(request, error))
+        answer = _response(request, _from_http(request, error))
+        if "allow" in (headers := Headers(error.headers)):
+            answer.headers["allow"] = headers["allow"]
+        return answer
 
     async def validation_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for this class only
@@ -166,6 +171,10 @@ _SENTENCES: Mapping[str, str] = {
 }
 
 
+_FIELD_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
+_TYPE_NAMES = frozenset({"bool", "bytes", "dict", "float", "int", "list", "none", "str", "tuple"})
+
+
 def from_validation(errors: Sequence[Mapping[str, Any]]) -> ServiceError:
     """The refusal for pydantic's errors, in our words. Of each `loc` the first part says where, the next what."""
     if any(error["type"] == "json_invalid" for error in errors):
@@ -174,9 +183,19 @@ def from_validation(errors: Sequence[Mapping[str, Any]]) -> ServiceError:
     return InvalidField(" ".join(dict.fromkeys(sentences)))
 
 
+def _path(location: Sequence[str | int]) -> str:
+    """Where a field is, as `loras[0].name`; pydantic's names of types among the parts are left out."""
+    path = str(location[0])[:64]
+    for part in location[1:]:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif _FIELD_NAME.fullmatch(part) and part not in _TYPE_NAMES:
+            path += f".{part}"
+    return path
+
+
 def _sentence(error: Mapping[str, Any]) -> str:
-    location = [str(part) for part in error["loc"][1:]]  # the first part says where: body, query or path
-    field = f"'{location[0][:64]}'" if location else "The request body"
+    field = f"'{_path(error['loc'][1:])}'" if error["loc"][1:] else "The request body"  # before: body, query or path
     if error["type"].startswith("zimage_"):  # raised by shared.schemas: the text is ours
         return f"{field} {error['msg']}."
     template = _SENTENCES.get(error["type"], "is not valid")

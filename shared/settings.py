@@ -17,11 +17,11 @@ from pydantic import BeforeValidator, Field, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from shared.addresses import ServiceUrl, ServiceUrls, is_loopback
+from shared.addresses import ServiceUrl, ServiceUrls, is_loopback, without_passwords
 from shared.logs import LogFormat
 from shared.profiles import InvalidSettings as InvalidSettings
 from shared.profiles import flatten, read_profile
-from shared.secret import BadToken, checked_token, read_token
+from shared.secret import ApiKey, BadToken, checked_token, read_token
 
 ENV_PREFIX = "ZIMAGE_"
 CONFIG_FILE, PROFILE = "ZIMAGE_CONFIG", "ZIMAGE_PROFILE"
@@ -47,7 +47,8 @@ class Device(StrEnum):
 
 
 class Dtype(StrEnum):
-    """Number format of a model's weights; auto is the checkpoint's own. (float16 gives black pictures.)"""
+    """Number format of a model's weights; auto is bfloat16 on a GPU, else the checkpoint's own. (float16 gives black
+    pictures.)"""
 
     AUTO = "auto"
     FLOAT32 = "float32"
@@ -206,7 +207,7 @@ class UpstreamSettings(TokenSettings):
     api_url: ServiceUrl | None = setting(
         None, key="api.url", panel="API backend", description="URL of an API backend that serves /v1/hidden_states."
     )
-    api_key: SecretStr | None = setting(None, key="", description="key of the API backend, sent as a bearer token")
+    api_key: ApiKey = setting(None, key="", description="key of the API backend, sent as a bearer token")
     encoder_urls: ServiceUrls = setting(
         (),
         key="encoder.urls",
@@ -269,7 +270,8 @@ def read_settings(kind: type[S]) -> S:
         if not first["loc"]:  # a rule about several settings, whose text names them
             raise InvalidSettings(first["msg"]) from None
         where = source_of(kind, str(first["loc"][0]))
-        value = "(hidden)" if _is_secret(kind.model_fields[str(first["loc"][0])]) else repr(first["input"])
+        secret = _is_secret(kind.model_fields[str(first["loc"][0])])
+        value = "(hidden)" if secret else without_passwords(repr(first["input"]))
         raise InvalidSettings(f"{where} = {value}: {first['msg']}") from None
 
 

@@ -1,4 +1,4 @@
-"""The only torch in `shared`: picks devices and dtypes, and turns tensors into safetensors bytes and back uncopied."""
+"""The only torch in `shared`: devices and dtypes, what fits there, and tensors as safetensors bytes, uncopied."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from shared.checkpoint import UnusableModel
+from shared.checkpoint import UnusableModel, weight_bytes
 from shared.errors import OutOfMemory
 from shared.settings import Device, Dtype, Quantization
 from shared.wire import Header, TensorMeta, build_header
@@ -21,6 +21,8 @@ DTYPES: Mapping[str, torch.dtype] = {
 DEVICE_ERROR = torch.AcceleratorError
 """An error of the driver, as a CUDA assert: after it every call of the device fails."""
 INSTALL_TORCHAO = "install it with `uv pip install 'zimage-server[quantization]'`"
+CPU = torch.device("cpu")
+QUANTIZED_SHARE = 1.15  # bytes of a quantized checkpoint for each of its numbers: scales, and what stays as it is
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -90,12 +92,15 @@ def pick_device(wanted: Device) -> torch.device:
     return torch.device(wanted.value)
 
 
-def dtype_of(wanted: Dtype, checkpoint: str) -> torch.dtype:
+def dtype_of(wanted: Dtype, checkpoint: str, device: torch.device = CPU) -> torch.dtype:
     """The dtype to compute in; `checkpoint` is the stored one, as `shared.checkpoint.checkpoint_dtype` names it.
 
-    A float16 checkpoint is widened to bfloat16: Z-Image overflows in float16 and draws black pictures.
+    A GPU computes in bfloat16 unless it is told otherwise: the published DiT is stored in float32, which takes twice
+    the memory and several times as long. A float16 checkpoint is widened to bfloat16: Z-Image overflows in float16
+    and draws black pictures.
     """
-    name = checkpoint if wanted is Dtype.AUTO else wanted.value
+    stored = checkpoint if device.type == "cpu" else "bfloat16"
+    name = stored if wanted is Dtype.AUTO else wanted.value
     return {"float32": torch.float32, "float64": torch.float32}.get(name, torch.bfloat16)
 
 
@@ -107,7 +112,8 @@ def quantize(
     flag: str,
     wanted: Callable[[torch.nn.Module, str], bool],
 ) -> None:
-    """Keeps the weights of the wanted layers in fewer bits, by torchao; `wanted` is asked with layer and name.
+    """Brings the module to the device with the weights of the wanted layers in fewer bits, by torchao, a layer at a
+    time: where there is no room for all weights as they are. `wanted` is asked with layer and name.
 
     Raises UnusableModel, whose sentence names the flag, where the device or the package for it is missing.
     """
@@ -129,7 +135,23 @@ def quantize(
         Quantization.FP8: torchao.Float8WeightOnlyConfig,
         Quantization.FP8_DYNAMIC: torchao.Float8DynamicActivationFloat8WeightConfig,
     }[kind]
-    torchao.quantize_(module, recipe(), filter_fn=wanted)
+    torchao.quantize_(module, recipe(), filter_fn=wanted, device=device)
+
+
+def loaded_bytes(folder: Path, dtype: torch.dtype, quantization: Quantization = Quantization.NONE) -> int:
+    """Bytes of a folder's weights once loaded; in fewer bits about a byte for each number. Raises UnusableModel."""
+    whole = weight_bytes(folder, dtype.itemsize)
+    if quantization is Quantization.NONE:
+        return whole
+    return min(whole, int(QUANTIZED_SHARE * weight_bytes(folder, 1)))
+
+
+def bytes_of(weight: torch.Tensor) -> int:
+    """Bytes that a weight takes; torchao's own say what they stand for."""
+    if not hasattr(weight, "__tensor_flatten__"):
+        return weight.nbytes
+    names, _ = weight.__tensor_flatten__()
+    return sum(bytes_of(getattr(weight, name)) for name in names)
 
 
 def require_memory(device: torch.device, needed: int, *, what: str, advice: str) -> None:

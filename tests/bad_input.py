@@ -112,7 +112,7 @@ def settings_of_a_picture() -> Iterator[Bad]:
     """Steps, guidance, shift and seed beyond their limits."""
     yield from numbers("steps", "0", "-1", "101", "2.5", '"9"')
     yield from numbers("guidance_scale", "-0.1", "30.1", "NaN", "Infinity", "1e400")
-    yield from numbers("shift", "0", "-3", "100.5", "NaN", "-Infinity", "1e400")
+    yield from numbers("shift", "0", "1e-12", "-3", "100.5", "NaN", "-Infinity", "1e400")
     yield from numbers("seed", "-1", str(2**63), "1e400", '"random"')
 
 

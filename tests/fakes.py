@@ -52,7 +52,7 @@ class WatchedModel(ZImageModel):
     def __init__(self, inner: ZImageModel) -> None:
         self.inner, self.facts, self.parts = inner, inner.facts, inner.parts
         self.adapters, self.capacity_bytes = inner.adapters, inner.capacity_bytes
-        self._counted_loras = inner._counted_loras
+        self._live = inner._live
         self.footprint = replace(inner.footprint)
         self.steps: list[tuple[int, ...]] = []  # the seeds of each step's group
         self.decoded: list[tuple[int, ...]] = []

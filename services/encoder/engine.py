@@ -68,6 +68,7 @@ class EncoderEngine:
     ) -> None:
         self.limits = limits
         self._waiting: list[EncodeJob] = []
+        self._refused: ServiceError | None = None
         self._lock = threading.Lock()
         self.device = DeviceThread("encoder", load=load, tick=self._tick, on_loss=self._lose_all, on_failure=on_failure)
         self.generations = Generations(writing, wake=self.device.wake)
@@ -104,6 +105,8 @@ class EncoderEngine:
         if not all(job.ids for job in jobs):
             raise InvalidField("A text has no tokens.")
         with self._lock:
+            if self._refused is not None:
+                raise self._refused
             if len(self._waiting) + len(jobs) > self.limits.max_waiting:
                 raise QueueFull(f"{len(self._waiting)} texts are waiting already; try again soon.", retry_after_s=1)
             self._waiting.extend(jobs)
@@ -137,7 +140,9 @@ class EncoderEngine:
         self._refuse_waiting(not_begun())
 
     def _refuse_waiting(self, error: ServiceError) -> None:
+        """Ends all that waits; what is still to come is refused at once, as no tick runs any more."""
         with self._lock:
+            self._refused = error
             left, self._waiting = self._waiting, []
         _fail_all(left, error)
 

@@ -17,11 +17,11 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from services.encoder.settings import EncoderSettings
-from shared.checkpoint import checkpoint_dtype, require_parts, weight_bytes
+from shared.checkpoint import checkpoint_dtype, require_parts
 from shared.errors import InvalidField, Unready
 from shared.fingerprint import fingerprint_of
 from shared.language.model import LanguageModel, load_qwen3
-from shared.tensors import dtype_of, pick_device, quantize, require_memory, within_memory
+from shared.tensors import CPU, dtype_of, loaded_bytes, pick_device, quantize, require_memory, within_memory
 
 MEMORY_ADVICE = "free some of it, or choose another device with --text-encoder-device"
 
@@ -103,18 +103,19 @@ def load_text_encoder(settings: EncoderSettings) -> TextEncoder:
     root = require_parts(settings.model_folder, *settings.parts)
     folder = root / "text_encoder"
     device = pick_device(settings.text_encoder_device)
-    dtype = dtype_of(settings.text_encoder_dtype, checkpoint_dtype(folder))
-    require_memory(
-        device, weight_bytes(folder, dtype.itemsize), what=f"the text encoder of {root}", advice=MEMORY_ADVICE
-    )
-    model, writes = load_qwen3(folder, device=device, dtype=dtype)
+    dtype = dtype_of(settings.text_encoder_dtype, checkpoint_dtype(folder), device)
+    quantization = settings.text_encoder_quantization
+    needed = loaded_bytes(folder, dtype, quantization)
+    require_memory(device, needed, what=f"the text encoder of {root}", advice=MEMORY_ADVICE)
+    model, writes = load_qwen3(folder, device=CPU, dtype=dtype)
     quantize(
         model.model,
-        settings.text_encoder_quantization,
+        quantization,
         device,
-        flag=f"encoder.quantization = {settings.text_encoder_quantization}",
+        flag=f"encoder.quantization = {quantization}",
         wanted=lambda module, name: isinstance(module, nn.Linear) and name.startswith("layers."),
     )
+    model.to(device)
     tokenizer = AutoTokenizer.from_pretrained(root / "tokenizer")
     facts = ModelFacts(
         name=_name(root),
@@ -122,7 +123,7 @@ def load_text_encoder(settings: EncoderSettings) -> TextEncoder:
         layers=model.config.num_hidden_layers,
         dtype=str(dtype).removeprefix("torch."),
         device=str(device),
-        fingerprint=fingerprint_of([folder, root / "tokenizer"], f"{dtype} {settings.text_encoder_quantization.value}"),
+        fingerprint=fingerprint_of([folder, root / "tokenizer"], f"{dtype} {quantization.value}"),
     )
     log.info("text encoder loaded", model_path=str(root), device=facts.device, dtype=facts.dtype, layers=facts.layers)
     language = LanguageModel(model, tokenizer, facts.name) if writes else None

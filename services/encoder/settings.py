@@ -19,7 +19,9 @@ class EncoderSettings(ModelSettings):
         description="Device for the text encoder (cpu/cuda/mps/auto).",
     )
     text_encoder_dtype: Dtype = setting(
-        Dtype.AUTO, key="encoder.dtype", description="number format of the weights; auto is the checkpoint's own"
+        Dtype.AUTO,
+        key="encoder.dtype",
+        description="number format of the weights; auto is bfloat16 on a GPU, else the checkpoint's own",
     )
     text_encoder_quantization: Quantization = setting(
         Quantization.NONE,

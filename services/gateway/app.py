@@ -24,6 +24,7 @@ from services.gateway.state import State
 from services.gateway.store import Bounds, History
 from services.gateway.vision import Vision
 from services.gateway.watch import Watch
+from shared.addresses import without_version
 from shared.bodies import BodyLimits
 from shared.client import ServiceClient
 from shared.health import Metrics
@@ -35,7 +36,8 @@ MAX_BODY_BYTES = 2 << 20  # four texts of 32,000 characters, each at most 12 byt
 MAX_BODY_WITH_PICTURES_BYTES = MAX_BODY_BYTES + MAX_PICTURE_BYTES * 4 // 3  # one of the largest in base64
 PICTURE_PATHS = ("/api/vl/", "/api/rewrite")
 MAX_EMBEDDINGS_BYTES = 512 << 20
-MAX_PNG_BYTES = 64 << 20
+REPLY_BYTES_PER_PIXEL = 5  # of a picture that does not shrink: three, a third more in base64, and previews beside it
+LEAST_REPLY_BYTES = 64 << 20
 MAX_REWRITTEN_BYTES = 16 << 20
 DESCRIPTION = "The public API of the Z-Image server: prompts in, pictures out."
 
@@ -56,7 +58,8 @@ def create_app(
     templates = load_templates(settings.templates_dir)
     encoder = encoder or _encoder(settings)
     if diffusion is None and not settings.encoder_only:
-        diffusion = DiffusionClient(_nodes(settings, "diffusion", settings.diffusions, MAX_PNG_BYTES))
+        max_reply_bytes = max(LEAST_REPLY_BYTES, REPLY_BYTES_PER_PIXEL * settings.max_pixels)
+        diffusion = DiffusionClient(_nodes(settings, "diffusion", settings.diffusions, max_reply_bytes))
     rewriter, vl = rewriter or _rewriter(settings), vl or _vl(settings)
     clients = {"encoder": encoder, "diffusion": diffusion, "rewriter": rewriter, "vl": vl}
     pools = {name: client.nodes for name, client in clients.items() if client is not None}
@@ -141,8 +144,8 @@ def _encoder(settings: GatewaySettings) -> Encoder:
     if not settings.use_api_encoder:
         return EncoderClient(_nodes(settings, "encoder", settings.encoders, MAX_EMBEDDINGS_BYTES))
     headers = {"authorization": f"Bearer {settings.api_key.get_secret_value()}"} if settings.api_key else None
-    connect = partial(_client, "API encoder", 2 * MAX_EMBEDDINGS_BYTES, headers)
-    nodes = Nodes("API encoder", [str(settings.api_url)], connect, probe=ask_foreign_facts)
+    connect = partial(_client, "API encoder", 2 * MAX_EMBEDDINGS_BYTES, headers, foreign=True)
+    nodes = Nodes("API encoder", [without_version(str(settings.api_url))], connect, probe=ask_foreign_facts)
     return ApiEncoderClient(nodes, settings.api_model)
 
 
@@ -153,6 +156,12 @@ def _nodes(
 
 
 def _client(
-    name: str, max_reply_bytes: int, headers: Mapping[str, str] | None, url: str, address: str | None
+    name: str,
+    max_reply_bytes: int,
+    headers: Mapping[str, str] | None,
+    url: str,
+    address: str | None,
+    *,
+    foreign: bool = False,
 ) -> ServiceClient:
-    return ServiceClient(name, url, max_reply_bytes=max_reply_bytes, headers=headers, address=address)
+    return ServiceClient(name, url, max_reply_bytes=max_reply_bytes, headers=headers, address=address, foreign=foreign)

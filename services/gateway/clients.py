@@ -19,7 +19,6 @@ from shared.schemas.node import NodeFacts
 from shared.wire import Header, TensorMeta, WireError
 
 API_MAX_TOKENS = 40_960  # such servers cut at 512 unless told otherwise
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _TORCH_NAMES = {"BF16": "torch.bfloat16", "F32": "torch.float32", "F16": "torch.float16"}
 
 

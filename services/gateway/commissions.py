@@ -17,6 +17,7 @@ from shared import wire
 from shared.client import ServiceClient
 from shared.errors import BadUpstream, QueueFull, UnknownName
 from shared.events import ERROR
+from shared.pictures import PNG_SIGNATURE
 from shared.schemas.diffusion import (
     DONE,
     NEGATIVE,
@@ -29,8 +30,6 @@ from shared.schemas.diffusion import (
     LoraList,
 )
 from shared.wire import TensorMeta
-
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +86,8 @@ class DiffusionClient:
     async def generate(self, commission: Commission, *, timeout_s: float, errand: Errand | None = None) -> Drawn:
         """The picture. The embeddings' bytes are sent as they came. Raises a ServiceError."""
         headers = {"content-type": wire.MEDIA_TYPE}
-        async with self._node(errand or Errand()) as service:
-            reply = await service.post_chunks("/v1/generate", commission.chunks(), timeout_s=timeout_s, headers=headers)
+        async with self._node(errand or Errand(), timeout_s) as (service, left_s):
+            reply = await service.post_chunks("/v1/generate", commission.chunks(), timeout_s=left_s, headers=headers)
             return _drawn(reply.body, reply.headers)
 
     async def follow(
@@ -99,8 +98,8 @@ class DiffusionClient:
         It must be followed from beginning to end by one task.
         """
         headers = {"content-type": wire.MEDIA_TYPE}
-        async with self._node(errand or Errand()) as service:
-            stream = service.stream_chunks("/v1/generate", commission.chunks(), timeout_s=timeout_s, headers=headers)
+        async with self._node(errand or Errand(), timeout_s) as (service, left_s):
+            stream = service.stream_chunks("/v1/generate", commission.chunks(), timeout_s=left_s, headers=headers)
             async with aclosing(stream) as events:
                 async for event in events:
                     if event.event == ERROR:
@@ -136,11 +135,14 @@ class DiffusionClient:
         return await self.nodes.ask(work, timeout_s=timeout_s, kind="loras")
 
     @asynccontextmanager
-    async def _node(self, errand: Errand) -> AsyncIterator[ServiceClient]:
-        async with self.nodes.lease(avoiding=errand.full) as node:
+    async def _node(self, errand: Errand, timeout_s: float) -> AsyncIterator[tuple[ServiceClient, float]]:
+        """A node, and the seconds that are left once there is one."""
+        clock = asyncio.get_running_loop().time
+        end = clock() + timeout_s
+        async with self.nodes.lease(avoiding=errand.full, timeout_s=timeout_s) as node:
             errand.sent = True
             try:
-                yield node.service
+                yield node.service, max(0.001, end - clock())
             except QueueFull:
                 errand.full.add(node)
                 raise

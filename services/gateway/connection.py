@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Protocol, TypeVar
 
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -15,6 +15,7 @@ from shared.errors import Unreachable
 
 CONNECT_TIMEOUT_S = 1.0
 ANSWER_TIMEOUT_S = 5.0
+MAX_CONNECTIONS = 64
 AWAY = (RedisConnectionError, RedisTimeoutError, OSError)
 """What calls raise while Redis cannot be reached."""
 
@@ -22,14 +23,16 @@ T = TypeVar("T")
 
 
 def connect(url: str) -> Redis:
-    """A pool of connections, none of which is open yet."""
-    return Redis.from_url(
+    """A pool of connections, none of which is open yet; while all of them are used a call waits for one."""
+    pool = BlockingConnectionPool.from_url(
         url,
         socket_connect_timeout=CONNECT_TIMEOUT_S,
         socket_timeout=ANSWER_TIMEOUT_S,
         retry=Retry(NoBackoff(), 0),
-        max_connections=64,
+        max_connections=MAX_CONNECTIONS,
+        timeout=ANSWER_TIMEOUT_S,
     )
+    return Redis.from_pool(pool)
 
 
 class MakeRoom(Protocol):

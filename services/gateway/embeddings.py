@@ -16,9 +16,10 @@ import structlog
 from redis.exceptions import RedisError
 
 from services.gateway.connection import connect, told, with_room
-from shared.errors import UnknownName, Unreachable, UpstreamTimeout
+from shared.errors import StorageFailed, UnknownName, Unreachable, UpstreamTimeout
 
 PICTURES, PROMPTS = "{zimage}:vl:", "{zimage}:text:"  # the braces keep the keys together on a Redis cluster
+LOCK_BYTES = 4096  # what a lock may take of a Redis that is full
 LOCK_S = 15.0  # after it work whose gateway is gone may be begun anew
 RENEW_S = 5.0
 POLL_S = 0.05
@@ -138,7 +139,7 @@ class EmbeddingCache:
 
         Of several who want the same one makes it and the others wait, for `timeout_s` seconds at most. Without
         `must_keep` all this does without a Redis that is away. Raises what `make` does, UpstreamTimeout, and with
-        `must_keep` Unreachable.
+        `must_keep` Unreachable, and StorageFailed for what is larger than the whole cache.
         """
         get = partial(self.get, embeddings_id)
         async with AsyncExitStack() as stack:
@@ -150,7 +151,12 @@ class EmbeddingCache:
             if message is not None:
                 return Kept(embeddings_id, message)
             made = await make()
-            await self._tried(partial(self.put, made.embeddings_id, made.message), must=must_keep)
+            kept = await self._tried(partial(self.put, made.embeddings_id, made.message), must=must_keep)
+        if must_keep and not kept:
+            raise StorageFailed(
+                f"The embeddings take {len(made.message)} bytes and the cache of this server holds {self._max_bytes}: "
+                "give a smaller picture, or the server a larger vl.cache_bytes."
+            )
         return made
 
     async def get(self, embeddings_id: str) -> bytes | None:
@@ -159,19 +165,22 @@ class EmbeddingCache:
             found: Any = await self._get(keys=[self._prefix], args=[embeddings_id, self._ttl_ms])
         return None if found is None else bytes(found)
 
-    async def put(self, embeddings_id: str, message: bytes) -> None:
-        """Keeps the message, and drops what was not used for longest until there is room. Raises Unreachable."""
+    async def put(self, embeddings_id: str, message: bytes) -> bool:
+        """Keeps the message, and drops what was not used for longest until there is room; answers whether it is kept,
+        which one that is larger than the whole cache is not. Raises Unreachable."""
         arguments: list[str | bytes | int] = [embeddings_id, message, self._ttl_ms, self._max_bytes]
         async with _told():
             kept = await with_room(lambda: self._put(keys=[self._prefix], args=arguments), self.make_room, len(message))
         if not kept:
             log.warning("embeddings are larger than the whole cache", id=embeddings_id, bytes=len(message))
+        return bool(kept)
 
     async def make_room(self, wanted: int) -> bool:
         """Drops what was not used for longest, `wanted` bytes of it, while Redis is full; answers whether there was
         any. Raises RedisError."""
         dropped = int(await self._drop_oldest(keys=[self._prefix], args=[wanted]))
-        log.warning("Redis is full: embeddings were dropped", entries=dropped)
+        if dropped:
+            log.warning("Redis is full: embeddings were dropped", entries=dropped)
         return dropped > 0
 
     async def ids(self) -> list[str]:
@@ -199,7 +208,7 @@ class EmbeddingCache:
         """
         lock = self._redis.lock(f"{self._prefix}lock:{embeddings_id}", timeout=LOCK_S, sleep=POLL_S)
         async with _told():
-            if not await lock.acquire(blocking_timeout=timeout_s):
+            if not await with_room(lambda: lock.acquire(blocking_timeout=timeout_s), self.make_room, LOCK_BYTES):
                 raise UpstreamTimeout(f"The same embeddings, asked for before, were not made within {timeout_s:g} s.")
 
         async def renew() -> None:

@@ -81,9 +81,14 @@ class CachingEncoder:
                     if time.perf_counter() >= end:
                         raise
                     continue
-            flight = self._flights[key] = _Flight(partial(self._flights.pop, key, None))
+            flight = self._flights[key] = _Flight(partial(self._leave, key))
             flight.start(self._fly(flight, key, text, layer, end), self._keeping)
             return await flight.joined(end)
+
+    def _leave(self, key: str, flight: "_Flight") -> None:
+        """Nobody may join the flight any more; another one of the same text may have begun since."""
+        if self._flights.get(key) is flight:
+            del self._flights[key]
 
     async def _fly(self, flight: "_Flight", key: str, text: str, layer: int, end: float) -> None:
         """Finds or makes a text's embeddings; those who wait have them before they are kept."""
@@ -116,7 +121,7 @@ class _Flight:
     `leave` takes it from those that others may still join.
     """
 
-    def __init__(self, leave: Callable[[], object]) -> None:
+    def __init__(self, leave: Callable[["_Flight"], None]) -> None:
         self.answer: asyncio.Future[EncoderMessage] = asyncio.get_running_loop().create_future()
         self._leave = leave
         self._task: asyncio.Task[None] | None = None
@@ -131,7 +136,7 @@ class _Flight:
 
     def land(self, message: EncoderMessage) -> None:
         """Hands the embeddings to all who wait."""
-        self._leave()
+        self._leave(self)
         self.answer.set_result(message)
 
     async def joined(self, end: float) -> EncoderMessage:
@@ -145,7 +150,7 @@ class _Flight:
         finally:
             self._waiting -= 1
             if not self._waiting and not self.answer.done():
-                self._leave()
+                self._leave(self)
                 if self._task is not None:
                     self._task.cancel()
 
@@ -155,7 +160,7 @@ class _Flight:
             if error is not None:  # what nobody waits for any more
                 log.error("embeddings could not be kept", exc_info=error)
             return
-        self._leave()
+        self._leave(self)
         if error is None:
             self.answer.cancel()
         else:

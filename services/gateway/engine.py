@@ -18,11 +18,14 @@ from services.gateway.vision import Seen, Vision
 from services.gateway.written import RewriteEvent
 from shared.chat import Conversation, format_prompt
 from shared.errors import Cancelled, InvalidField
-from shared.schemas.diffusion import LoraList
+from shared.schemas.diffusion import PREVIEW, LoraList
 from shared.schemas.public import EncodeRequest, GenerateRequest, PromptRequest
 from shared.schemas.rewriter import REWRITTEN, RewriteAnswer, RewriteChoice, RewriteOptions, RewriteRequest
 from shared.schemas.vl import DescribeParameters, VlGenerateRequest
 from shared.templates import Templates
+
+FEW_UNREAD = 16
+"""A client that has so many events to read gets no preview on top."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +108,13 @@ class GatewayEngine:
         Raises a ServiceError.
         """
         told: asyncio.Queue[Happened | Generated | None] = asyncio.Queue()
-        work = asyncio.create_task(self._generate(request, told.put_nowait, watched=watched))
+
+        def tell(item: Happened | Generated) -> None:
+            is_preview = isinstance(item, Happened) and item.progress.name == PREVIEW
+            if not is_preview or told.qsize() < FEW_UNREAD:
+                told.put_nowait(item)
+
+        work = asyncio.create_task(self._generate(request, tell, watched=watched))
         work.add_done_callback(lambda _: told.put_nowait(None))
         with self._cancellable(work, request_id):
             try:

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from services.gateway.lookup import Host, Resolve, resolve
 from services.gateway.node import Node, NodeState
 from shared.client import ServiceClient
-from shared.errors import BadUpstream, ServiceError, Unready
+from shared.errors import BadUpstream, ServiceError, Unreachable, Unready, UpstreamTimeout
 from shared.schemas.node import MODEL_PATH, NodeFacts
 
 PROBE_TIMEOUT_S = 2.0
@@ -109,7 +109,8 @@ class Members:
         failures = [node.failure for node in self._nodes.values() if node.failure is not None]
         if not failures:
             return Unready(f"The {self.name} service has not answered yet.", retry_after_s=2)
-        return type(failures[0])(failures[0].detail, retry_after_s=2)
+        kind = Unreachable if isinstance(failures[0], UpstreamTimeout) else type(failures[0])
+        return kind(failures[0].detail, retry_after_s=2)
 
     async def _begin(self, node: Node) -> None:
         await node.service.__aenter__()

@@ -40,7 +40,7 @@ class Nodes(Members):
     async def ask(self, work: Work[T], *, timeout_s: float, kind: str = "") -> T:
         """The answer of a request that may be asked for again without harm: on another node where one fails, is lost,
         or has no room, at most `RETRIES` times. Requests of one `kind` take about as long as one another: where one
-        takes much longer, another node is asked too, and the first answer counts.
+        takes much longer, another node is asked too, and the first answer counts. Those without a kind are left alone.
 
         Raises a ServiceError.
         """
@@ -48,7 +48,7 @@ class Nodes(Members):
         try:
             if len(self._nodes) == 1:
                 return await self._ask_in_turn(work, end)
-            return await self._ask_together(work, end, self._paces.setdefault(kind, Pace()))
+            return await self._ask_together(work, end, self._paces.setdefault(kind, Pace()) if kind else None)
         except UpstreamTimeout as error:
             late = UpstreamTimeout(f"The {self.name} service did not answer within {timeout_s:g} s.")
             raise (error if error.told else late) from None
@@ -69,13 +69,16 @@ class Nodes(Members):
         return list(await asyncio.gather(*map(one, nodes)))
 
     @asynccontextmanager
-    async def lease(self, *, movable: bool = True, avoiding: Collection[Node] = ()) -> AsyncIterator[Node]:
+    async def lease(
+        self, *, movable: bool = True, avoiding: Collection[Node] = (), timeout_s: float = GRACE_S
+    ) -> AsyncIterator[Node]:
         """The node for a request, which counts as in flight there meanwhile; one of `avoiding` only without another.
+        Where none is ready one is waited for, `timeout_s` seconds at most.
 
         What is raised within is judged. Where the node is lost while another is ready, a `movable` request ends there
         with Unreachable. Raises a ServiceError when no node can work.
         """
-        node = await self._choose(avoiding)
+        node = await self._choose(avoiding, _now() + timeout_s)
         node.in_flight += 1
         try:
             async with self._ended_when_lost(node) if movable else nullcontext():
@@ -102,7 +105,7 @@ class Nodes(Members):
                     raise
         raise AssertionError("the last attempt returns or raises")
 
-    async def _ask_together(self, work: Work[T], end: float, pace: Pace) -> T:
+    async def _ask_together(self, work: Work[T], end: float, pace: Pace | None) -> T:
         race = _Race()
         running: set[asyncio.Task[tuple[T, float]]] = set()
         try:
@@ -120,28 +123,35 @@ class Nodes(Members):
                 await asyncio.wait(running)
 
     async def _first_answer(
-        self, running: set[asyncio.Task[tuple[T, float]]], race: "_Race", pace: Pace, *, last: bool
+        self, running: set[asyncio.Task[tuple[T, float]]], race: "_Race", pace: Pace | None, *, last: bool
     ) -> tuple[T, float] | None:
-        """What the first of the attempts answers that does; None once another attempt should begin."""
+        """What the first of the attempts answers that does; None once another attempt should begin.
+
+        A node that has no room or no answer ends nothing while another one is at work.
+        """
         while running:
-            patience_s = None if last else pace.patience_s()
+            patience_s = None if last or pace is None else pace.patience_s()
+            again = False
             done, _ = await asyncio.wait(running, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
             running -= done
             for task in done:
                 race.failure = task.exception()
                 if race.failure is None:
                     race.won = True
-                    pace.note(task.result()[1], doubled=bool(running))
+                    if pace is not None:
+                        pace.note(task.result()[1], doubled=bool(running))
                     return task.result()
-                if not self._may_be_better(race.failure, race.tried):
+                better = self._may_be_better(race.failure, race.tried)
+                if not better and (not running or _is_final(race.failure)):
                     raise race.failure
-            if not last and (done or self.has_others(race.tried)):
+                again |= better
+            if not last and (again or (not done and self.has_others(race.tried))):
                 return None
         return None
 
     async def _attempt(self, work: Work[T], end: float, race: "_Race") -> tuple[T, float]:
         """The answer of one node, and the seconds that it took."""
-        async with self.lease(avoiding=race.tried) as node:
+        async with self.lease(avoiding=race.tried, timeout_s=end - _now()) as node:
             race.tried.add(node)
             started = _now()
             try:
@@ -157,10 +167,10 @@ class Nodes(Members):
             return self.has_others(tried)
         return isinstance(error, ServiceError) and is_nodes_fault(error)
 
-    async def _choose(self, avoiding: Collection[Node]) -> Node:
+    async def _choose(self, avoiding: Collection[Node], end: float) -> Node:
         """The node with the least to do; of equal ones the one that had nothing for longest. Raises a ServiceError."""
         while not (usable := self._usable()):
-            left_s = self._last_ready_at + GRACE_S - _now()
+            left_s = min(self._last_ready_at + GRACE_S, end) - _now()
             if left_s <= 0:
                 raise self._away()
             with suppress(TimeoutError):
@@ -194,6 +204,11 @@ class _Race:
     tried: set[Node] = field(default_factory=set)
     failure: BaseException | None = None
     won: bool = False
+
+
+def _is_final(error: BaseException) -> bool:
+    """Whether every node would answer so: the request is at fault."""
+    return not isinstance(error, ServiceError) or (error.status < 500 and not isinstance(error, QueueFull))
 
 
 def _now() -> float:

@@ -1,9 +1,10 @@
 """What the gateway is told: its address, where the services are, and the defaults of a request's fields."""
 
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
+from urllib.parse import urlsplit
 
-from pydantic import model_validator
+from pydantic import AfterValidator, model_validator
 from pydantic_core import PydanticCustomError
 
 from shared.addresses import ServiceUrls
@@ -23,6 +24,22 @@ from shared.schemas.fields import (
 )
 from shared.settings import DEFAULT_MAX_PIXELS, DataSettings, UpstreamSettings, VisionSettings, setting
 from shared.templates import DEFAULT_DIR
+
+
+def _of_redis(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        known = bool(parts.path) if parts.scheme == "unix" else parts.scheme in ("redis", "rediss") and parts.port != 0
+    except ValueError:  # a port or a bracket that is none
+        known = False
+    if not known:
+        raise PydanticCustomError(
+            "zimage_redis_url", "this is no URL of a Redis: write redis://host:6379/0, rediss://... or unix:///path"
+        )
+    return url
+
+
+RedisUrl = Annotated[str, AfterValidator(_of_redis)]
 
 
 class GatewaySettings(UpstreamSettings, DataSettings, VisionSettings):
@@ -60,7 +77,7 @@ class GatewaySettings(UpstreamSettings, DataSettings, VisionSettings):
         panel="Nodes",
         description="Base URLs of vl services, with commas between them; they take the place of a local one.",
     )
-    redis_url: str | None = setting(
+    redis_url: RedisUrl | None = setting(
         None,
         key="redis.url",
         panel="Server",

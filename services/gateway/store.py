@@ -9,7 +9,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, suppress
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -57,6 +57,7 @@ class History:
         self._redis = connect(url)
         self._add, self._delete, self._clear = (self._redis.register_script(text) for text in (ADD, DELETE, CLEAR))
         self._away_since: float | None = None
+        self._closing = False
 
     async def __aenter__(self) -> Self:
         """Starts to watch whether Redis is there."""
@@ -65,9 +66,9 @@ class History:
 
     async def __aexit__(self, *_: object) -> None:
         """Closes every connection."""
+        self._closing = True  # as a client that is just connecting may let a cancellation go by
         self._watching.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._watching
+        await asyncio.wait([self._watching])
         await self._redis.aclose()
 
     @property
@@ -161,7 +162,7 @@ class History:
         ]
 
     async def _watch(self) -> None:
-        while True:
+        while not self._closing:
             try:
                 async with asyncio.timeout(ANSWER_TIMEOUT_S):
                     await self._redis.ping()

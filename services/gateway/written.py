@@ -41,5 +41,8 @@ async def follow(nodes: Nodes, begin: Begin) -> AsyncGenerator[RewriteEvent | Re
         async for event in events:
             if event.event == ERROR:
                 raise service.rebuilt(event.data.encode())
-            whole = event.event == DONE
-            yield rewritten_of(service, event.data.encode()) if whole else RewriteEvent(event.event, event.data)
+            if event.event == DONE:
+                yield rewritten_of(service, event.data.encode())
+                return
+            yield RewriteEvent(event.event, event.data)
+        raise BadUpstream(f"The {service.name} service ended its answer before the text was whole.")

@@ -71,14 +71,17 @@ class ApiBackEnd:
             reply = await self._service.post_json(PATH, body, timeout_s=self._timeout_s)
             yield self._whole(reply.body)
             return
-        reason = None
+        reason, whole = None, False
         async with aclosing(self._service.stream(PATH, body, timeout_s=self._timeout_s)) as events:
             async for event in events:
                 if event.data == DONE:
+                    whole = True
                     break
                 piece = self._piece(event.data)
                 reason = reason or piece.reason
                 yield Written(text=piece.text, thinking=piece.thinking)
+        if not (whole or reason):
+            raise BadUpstream("The language model's server ended its answer before the text was whole.")
         yield Written(reason=reason)
 
     def _body(self, writing: Writing) -> Mapping[str, Any]:

@@ -20,7 +20,7 @@ def load_language_model(settings: RewriterSettings) -> LanguageModel:
     """The language model of `rewriter.model_path`, else of the model directory's text encoder. Raises UnusableModel."""
     name, folder, tokenizer = _folders(settings)
     device = pick_device(settings.rewriter_device)
-    dtype = dtype_of(settings.rewriter_dtype, checkpoint_dtype(folder))
+    dtype = dtype_of(settings.rewriter_dtype, checkpoint_dtype(folder), device)
     require_memory(
         device, weight_bytes(folder, dtype.itemsize), what=f"the language model of {folder}", advice=MEMORY_ADVICE
     )

@@ -7,8 +7,9 @@ from typing import ClassVar, NamedTuple, Self
 from pydantic import SecretStr, model_validator
 from pydantic_core import PydanticCustomError
 
-from shared.addresses import ServiceUrl
+from shared.addresses import ServiceUrl, without_version
 from shared.language.defaults import WritingSettings
+from shared.secret import ApiKey
 from shared.settings import Device, Dtype, ModelSettings, UpstreamSettings, setting
 
 
@@ -53,9 +54,7 @@ class RewriterSettings(ModelSettings, UpstreamSettings, WritingSettings):
     rewriter_api_model: str = setting(
         "Qwen3-4B", key="rewriter.api_model", panel="Rewriter", description="Model ID for the rewriter API."
     )
-    rewriter_api_key: SecretStr | None = setting(
-        None, key="", description="key of the rewriter API, sent as a bearer token"
-    )
+    rewriter_api_key: ApiKey = setting(None, key="", description="key of the rewriter API, sent as a bearer token")
     rewriter_api_timeout_s: float = setting(
         300.0, key="rewriter.api_timeout_s", gt=0, description="deadline of an answer of the rewriter API, in seconds"
     )
@@ -68,7 +67,9 @@ class RewriterSettings(ModelSettings, UpstreamSettings, WritingSettings):
         Device.AUTO, key="devices.rewriter", description="device for a language model of its own (cpu/cuda/mps/auto)"
     )
     rewriter_dtype: Dtype = setting(
-        Dtype.AUTO, key="rewriter.dtype", description="number format of its weights; auto is the checkpoint's own"
+        Dtype.AUTO,
+        key="rewriter.dtype",
+        description="number format of its weights; auto is bfloat16 on a GPU, else the checkpoint's own",
     )
     rewriter_max_writing: int = setting(
         8, key="rewriter.max_writing", ge=1, description="prompts that are written together"
@@ -107,9 +108,9 @@ class RewriterSettings(ModelSettings, UpstreamSettings, WritingSettings):
         The key of --api-url goes to no other server, nor does the services' token. Raises InvalidSettings.
         """
         if self.back_end is BackEndKind.ENCODER:
-            return Upstream(_base(self.encoders[0]), SecretStr(self.token) if self.token else None)
+            return Upstream(without_version(self.encoders[0]), SecretStr(self.token) if self.token else None)
         key = self.rewriter_api_key or (self.api_key if self.rewriter_api_url is None else None)
-        return Upstream(_base(str(self.rewriter_api_url or self.api_url)), key)
+        return Upstream(without_version(str(self.rewriter_api_url or self.api_url)), key)
 
     @model_validator(mode="after")
     def _an_api_has_a_url(self) -> Self:
@@ -119,7 +120,3 @@ class RewriterSettings(ModelSettings, UpstreamSettings, WritingSettings):
                 "--rewriter-use-api needs the URL of a server: give --rewriter-api-url or --api-url too",
             )
         return self
-
-
-def _base(url: str) -> str:
-    return url.rstrip("/").removesuffix("/v1")

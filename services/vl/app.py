@@ -76,5 +76,6 @@ def _load(settings: VlSettings) -> VisionModel:
         fingerprint=facts.fingerprint,
     )
     if not settings.vl_auto_unload:
+        model.require_room()
         model.load()
     return model

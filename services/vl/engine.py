@@ -57,6 +57,7 @@ class VlEngine:
         self._writing = writing
         self._extractions: list[ExtractJob] = []
         self._descriptions: list[DescribeJob] = []
+        self._refused: ServiceError | None = None
         self._pictures = 0
         self._lock = threading.Lock()
         self._decoding = asyncio.Semaphore(DECODED_AT_ONCE)
@@ -129,7 +130,9 @@ class VlEngine:
         self._refuse_all(not_begun(), device_failed())
 
     def _refuse_all(self, extractions: ServiceError, descriptions: ServiceError) -> None:
+        """Ends all that waits; what is still to come is refused at once, as no tick runs any more."""
         with self._lock:
+            self._refused = extractions
             jobs: list[tuple[Job[Any], ServiceError]] = [
                 *((job, extractions) for job in self._extractions),
                 *((job, descriptions) for job in self._descriptions),
@@ -155,13 +158,22 @@ class VlEngine:
         def read() -> Inputs:
             return model.prepare(read_picture(picture), text, system_prompt, opening=opening, max_tokens=most)
 
-        async with self._decoding:
-            return await asyncio.to_thread(read)
+        await self._decoding.acquire()
+        reading = asyncio.ensure_future(asyncio.to_thread(read))
+        reading.add_done_callback(self._decoded)
+        return await asyncio.shield(reading)  # a thread goes on when its client leaves, and is one of the few till then
+
+    def _decoded(self, reading: "asyncio.Future[Inputs]") -> None:
+        self._decoding.release()
+        if not reading.cancelled():
+            reading.exception()  # which nobody else asks for where the client has left
 
     @contextmanager
     def _queued(self, job: J, queue: list[J]) -> Iterator[None]:
         """The job's place in its queue: one that nobody waits for takes none."""
         with self._lock:
+            if self._refused is not None:
+                raise self._refused
             queue.append(job)
         self.device.wake()
         try:

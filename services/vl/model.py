@@ -105,17 +105,22 @@ class VisionModel:
             raise InvalidField(f"The picture and its text have {len(ids)} tokens, the limit is {max_tokens}.")
         return Inputs(ids, read["pixel_values"], grid)
 
+    def require_room(self, needed: int | None = None) -> None:
+        """Raises UnusableModel when the weights, `needed` bytes, do not fit on the device now, or cannot be read."""
+        require_memory(
+            self._device,
+            weight_bytes(self._folder, self._dtype.itemsize) if needed is None else needed,
+            what=f"the vision-language model of {self._folder}",
+            advice=MEMORY_ADVICE,
+        )
+
     def load(self) -> None:
         """Brings the weights to the device, if they are not there. Raises OutOfMemory, UnusableModel."""
         if self.loaded:
             return
+        needed = weight_bytes(self._folder, self._dtype.itemsize)
         try:
-            require_memory(
-                self._device,
-                weight_bytes(self._folder, self._dtype.itemsize),
-                what=f"the vision-language model of {self._folder}",
-                advice=MEMORY_ADVICE,
-            )
+            self.require_room(needed)
         except UnusableModel as error:  # memory that others hold now may be free later
             log.warning("the vision-language model does not fit", reason=str(error))
             raise OutOfMemory("There is too little free memory to load the vision-language model.") from None
@@ -201,7 +206,10 @@ def load_vision_model(settings: VlSettings) -> VisionModel:
     if config.get("model_type") != MODEL_TYPE:
         raise UnusableModel(f"{folder} is not a Qwen3-VL model, but of the type {config.get('model_type')!r}")
     require_weights(folder)
-    device, dtype = pick_device(settings.vl_device), dtype_of(settings.vl_dtype, checkpoint_dtype(folder))
+    device, dtype = (
+        pick_device(settings.vl_device),
+        dtype_of(settings.vl_dtype, checkpoint_dtype(folder), pick_device(settings.vl_device)),
+    )
     processor, tokenizer = _processor(folder, settings.vl_max_pixels), _tokenizer(folder)
     target_std = _target_std(settings, config)
     name = str(dtype).removeprefix("torch.")

@@ -10,7 +10,9 @@ class VlSettings(NodeSettings, VisionSettings, WritingSettings):
     vl_host: str = setting("127.0.0.1", key="vl.host", description="address that the vl service listens on")
     vl_port: int = setting(7863, key="vl.port", ge=0, le=65535, description="its port; 0 picks a free one")
     vl_dtype: Dtype = setting(
-        Dtype.AUTO, key="vl.dtype", description="number format of the weights; auto is the checkpoint's own"
+        Dtype.AUTO,
+        key="vl.dtype",
+        description="number format of the weights; auto is bfloat16 on a GPU, else the checkpoint's own",
     )
     vl_target_std: float | None = setting(
         None,

@@ -64,6 +64,7 @@ class Generations:
         self._wake = wake
         self._waiting: deque[Generation] = deque()
         self._running: dict[Row, Generation] = {}
+        self._refused: ServiceError | None = None
         self._lock = threading.Lock()
 
     @property
@@ -89,6 +90,8 @@ class Generations:
         generation = await self._generation(language, assignment)
         try:
             with self._lock:
+                if self._refused is not None:
+                    raise self._refused
                 if len(self._waiting) >= self.limits.max_waiting:
                     waiting = len(self._waiting)
                     raise QueueFull(f"{waiting} texts wait to be written already; try again soon.", retry_after_s=5)
@@ -120,9 +123,10 @@ class Generations:
         return True
 
     def refuse_all(self, begun: ServiceError, waiting: ServiceError) -> None:
-        """Ends every text with an error, those in the making with another than those that wait; called once no tick
-        runs any more."""
+        """Ends every text with an error, those in the making with another than those that wait or are still to come;
+        called once no tick runs any more."""
         with self._lock:
+            self._refused = waiting
             left = list(self._waiting)
             self._waiting.clear()
         _fail_all(self._running.values(), begun)

@@ -31,7 +31,7 @@ Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS), *Text.__me
 
 
 def _kind(value: Any) -> str | None:
-    return "one" if isinstance(value, str) else "many" if isinstance(value, list) else None
+    return "(one)"  # no name that a field could have, as it stands among those in an error if isinstance(value, str) else "(many)" if isinstance(value, list) else None
 
 
 class TextPart(RequestModel):
@@ -48,7 +48,8 @@ class ChatMessage(RequestModel):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
-        Annotated[Text, Tag("one")] | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS), Tag("many")],
+        Annotated[Text, Tag("(one)")]
+        | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS), Tag("(many)")],
         Discriminator(_kind, "zimage_content", "must be a string or a list of text parts"),
     ]
 
@@ -98,7 +99,7 @@ class ChatRequest(RequestModel):
     seed: Seed | None = Field(None, description="Seed of the drawing; null draws one.", examples=[42])
     stop: (
         Annotated[
-            Annotated[Stop, Tag("one")] | Annotated[list[Stop], Field(max_length=MAX_STOPS), Tag("many")],
+            Annotated[Stop, Tag("(one)")] | Annotated[list[Stop], Field(max_length=MAX_STOPS), Tag("(many)")],
             Discriminator(_kind, "zimage_stop", "must be a string or a list of strings"),
         ]
         | None

@@ -15,14 +15,14 @@ MAX_INPUT_CHARS = 4 * 32_000 + 1_000  # the four parts of a prompt and the marks
 
 def _kind(value: Any) -> str | None:
     if isinstance(value, str):
-        return "text"
-    return "texts" if isinstance(value, list) else None
+        return "(text)"  # no name that a field could have, as it stands among those in an error
+    return "(texts)" if isinstance(value, list) else None
 
 
 Input = Annotated[str, Field(min_length=1, max_length=MAX_INPUT_CHARS), *Text.__metadata__[1:]]
 Inputs = Annotated[list[Input], Field(min_length=1, max_length=MAX_INPUTS)]
 InputOrInputs = Annotated[
-    Annotated[Input, Tag("text")] | Annotated[Inputs, Tag("texts")],
+    Annotated[Input, Tag("(text)")] | Annotated[Inputs, Tag("(texts)")],
     Discriminator(_kind, "zimage_input", "must be a string or a list of strings"),
 ]
 

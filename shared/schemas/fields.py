@@ -12,7 +12,7 @@ MAX_SIDE_PX = 8192  # 512 patches of 16 px: the image axes of the position embed
 SIDE_MULTIPLE_PX = 16  # VAE factor 8 times patch 2
 MAX_STEPS = 100
 MAX_GUIDANCE = 30.0
-MAX_SHIFT = 100.0
+MIN_SHIFT, MAX_SHIFT = 0.001, 100.0  # of a smaller one, the schedule of float32 numbers begins with 0 / 0
 MAX_SEED = 2**63 - 1
 MAX_CFG_NORMALIZATION = 10.0
 MAX_IMAGES = 8
@@ -114,7 +114,7 @@ Side = Annotated[int, Field(ge=SIDE_MULTIPLE_PX, le=MAX_SIDE_PX), AfterValidator
 Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 GuidanceScale = Annotated[float, Field(ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)]
-Shift = Annotated[float, Field(gt=0, le=MAX_SHIFT, allow_inf_nan=False)]
+Shift = Annotated[float, Field(ge=MIN_SHIFT, le=MAX_SHIFT, allow_inf_nan=False)]
 CfgNormalization = Annotated[
     float, Field(ge=0, le=MAX_CFG_NORMALIZATION, allow_inf_nan=False), BeforeValidator(_switch_as_number)
 ]

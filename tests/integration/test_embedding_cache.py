@@ -8,9 +8,9 @@ from contextlib import asynccontextmanager
 import pytest
 from embedded_redis import EmbeddedRedis, embedded_redis
 
-from services.gateway.embeddings import EmbeddingCache
+from services.gateway.embeddings import EmbeddingCache, Kept
 from services.gateway.store import Bounds, History
-from shared.errors import UnknownName, Unreachable, UpstreamTimeout
+from shared.errors import StorageFailed, UnknownName, Unreachable, UpstreamTimeout
 
 pytestmark = pytest.mark.slow
 KIB, MIB = 1 << 10, 1 << 20
@@ -160,6 +160,26 @@ async def test_history_finds_room_where_embeddings_were(redis: EmbeddedRedis) ->
                 assert await history.clear() == 2 + number  # which makes room again
                 assert await history.add({"prompt": "third"}, bytes(MIB), b"jpeg") is not None
             assert await history.clear() == 1
+
+
+async def test_a_full_redis_makes_room_for_the_lock(cache: EmbeddingCache) -> None:
+    async def make() -> Kept:
+        return Kept("c", b"c" * KIB)
+
+    for name in "ab":
+        await cache.put(name, name.encode() * 4 * KIB)
+    async with full(cache, spare=-(1 << 10)):
+        made = await cache.find_or_make("c", make, timeout_s=5, must_keep=True)
+        assert made.message == await cache.get("c")
+
+
+async def test_what_is_larger_than_the_cache_is_not_said_to_be_kept(cache: EmbeddingCache) -> None:
+    async def make() -> Kept:
+        return Kept("a", bytes(11 * KIB))
+
+    with pytest.raises(StorageFailed, match=r"vl\.cache_bytes"):
+        await cache.find_or_make("a", make, timeout_s=5, must_keep=True)
+    assert (await cache.find_or_make("a", make, timeout_s=5, must_keep=False)).message == bytes(11 * KIB)
 
 
 async def test_embeddings_can_be_used_while_redis_is_full(cache: EmbeddingCache) -> None:

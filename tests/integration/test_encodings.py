@@ -17,6 +17,7 @@ from services.encoder.app import create_app
 from services.encoder.model import TextEncoder
 from services.encoder.settings import EncoderSettings
 from services.gateway.clients import EncoderClient
+from services.gateway.connection import connect
 from services.gateway.embeddings import PICTURES, PROMPTS, EmbeddingCache
 from services.gateway.encodings import CachingEncoder, key_of
 from services.gateway.store import Bounds, History
@@ -34,12 +35,13 @@ def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
 
 
 class Encodes(httpx2.AsyncBaseTransport):
-    """Passes calls on, counts the encodes, and holds them while the gate is closed."""
+    """Passes calls on and counts the encodes; they wait while the gate is closed, and their ends while the exit is."""
 
     def __init__(self, inner: httpx2.AsyncBaseTransport) -> None:
         self.inner, self.count, self.ended = inner, 0, 0
-        self.gate = asyncio.Event()
+        self.gate, self.exit = asyncio.Event(), asyncio.Event()
         self.gate.set()
+        self.exit.set()
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         """One call."""
@@ -48,6 +50,7 @@ class Encodes(httpx2.AsyncBaseTransport):
             try:
                 await self.gate.wait()
             finally:
+                await self.exit.wait()
                 self.ended += 1
         response = await self.inner.handle_async_request(request)
         content = b"".join([piece async for piece in response.aiter_raw()])
@@ -148,6 +151,37 @@ async def test_what_nobody_wants_any_more_is_given_up(encodes: Encodes, redis: E
         encodes.gate.set()
         assert await encode(encoder, one)
         assert encodes.count == 2
+
+
+async def test_one_that_was_given_up_takes_no_other_with_it(encodes: Encodes, redis: EmbeddedRedis) -> None:
+    """Its end comes after the next one of the same text has begun, which others must still be able to join."""
+    one = text()
+    async with gateway(encodes, redis) as encoder:
+        with redis.gone():  # which would else let only one encode a text
+            encodes.gate.clear()
+            first = asyncio.create_task(encode(encoder, one))
+            await eventually(lambda: encodes.count == 1)
+            encodes.exit.clear()
+            first.cancel()
+            await asyncio.gather(first, return_exceptions=True)
+            second = asyncio.create_task(encode(encoder, one))
+            await eventually(lambda: encoder._flights)
+            encodes.exit.set()
+            await eventually(lambda: encodes.ended == 1)
+            await eventually(lambda: encodes.count == 2)
+            third = asyncio.create_task(encode(encoder, one))
+            await asyncio.sleep(0.1)
+            encodes.gate.set()
+            assert await second == await third
+            assert encodes.count == 2
+
+
+async def test_a_call_waits_for_one_of_the_connections(redis: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them in use is not Redis away."""
+    monkeypatch.setattr("services.gateway.connection.MAX_CONNECTIONS", 2)
+    async with connect(redis.url) as client:
+        slow = [asyncio.create_task(client.execute_command("BLPOP", uuid.uuid4().hex, 0.3)) for _ in range(4)]  # type: ignore[no-untyped-call]
+        await asyncio.gather(*slow, *(client.set(text(), b"1") for _ in range(20)))
 
 
 async def test_an_error_is_everybodys_and_is_not_kept(encodes: Encodes, redis: EmbeddedRedis) -> None:

@@ -1,5 +1,6 @@
 """Gateways as processes of their own before nodes that they know by URL."""
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,12 @@ def test_a_picture_over_three_processes(nodes: dict[str, Running], tmp_path: Pat
     diffusion_url = nodes["diffusion"].url
     with gateway(tmp_path, ZIMAGE_DIFFUSION_URLS=diffusion_url, **with_api) as started, started.client() as client:
         assert client.post("/api/generate", json=picture(width=96)).content == answer.content
+
+
+def test_every_line_of_a_log_is_json(nodes: dict[str, Running]) -> None:
+    for kind, node in nodes.items():
+        lines = [json.loads(line) for line in node.output.splitlines()]
+        assert {line["service"] for line in lines} == {kind}
 
 
 def test_an_encoder_alone(nodes: dict[str, Running], tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Body, Depends, Request
 
-from services.gateway.routes.refusals import ENCODE, FORMAT, LIST
+from services.gateway.routes.refusals import ENCODE, FORMAT, LIST, SAVE
 from services.gateway.state import Engine
 from shared.requests import require_json, until_disconnected
 from shared.schemas.public import (
@@ -43,7 +43,7 @@ async def encode(
     "/save-embeddings",
     summary="Embeddings of a prompt, in a file",
     dependencies=[Depends(require_json)],
-    responses=ENCODE,
+    responses=SAVE,
 )
 async def save_embeddings(
     body: Annotated[EncodeRequest, Body(openapi_examples=PROMPT_EXAMPLES)], request: Request, engine: Engine
@@ -63,7 +63,8 @@ async def save_embeddings(
 async def format_prompt(
     body: Annotated[PromptRequest, Body(openapi_examples=PROMPT_EXAMPLES)], engine: Engine
 ) -> FormatAnswer:
-    """Applies the template and the chat format, and counts; nothing is encoded."""
+    """Applies the template and the chat format, and counts. Nothing is encoded, except by an API encoder, which cannot
+    count otherwise."""
     formatted = engine.format(body)
     return FormatAnswer(
         formatted_prompt=formatted,

@@ -14,6 +14,7 @@ from shared.errors import (
     NumericalError,
     OutOfMemory,
     QueueFull,
+    StorageFailed,
     UnknownName,
     Unreachable,
     Unready,
@@ -28,11 +29,12 @@ UPSTREAM = (QueueFull, ClientGone, BadUpstream, Unready, Unreachable, UpstreamTi
 LIST = responses(HeadersTooLarge, InternalError)
 FORMAT = responses(*BODY, BadUpstream, Unready, Unreachable, UpstreamTimeout)
 ENCODE = responses(*BODY, *UPSTREAM, OutOfMemory)
+SAVE = responses(*BODY, *UPSTREAM, OutOfMemory, StorageFailed)
 GENERATE = responses(*BODY, Cancelled, *UPSTREAM, NumericalError, OutOfMemory, NotBegun, DeviceFailed)
 CANCEL = responses(
     UnknownName, InvalidField, HeadersTooLarge, InternalError, BadUpstream, Unready, Unreachable, UpstreamTimeout
 )
 LORAS = responses(HeadersTooLarge, InternalError, BadUpstream, Unready, Unreachable, UpstreamTimeout)
-VL_EXTRACT = responses(*BODY, *UPSTREAM, NumericalError, OutOfMemory)
+VL_EXTRACT = responses(*BODY, *UPSTREAM, NumericalError, OutOfMemory, StorageFailed)
 VL_CACHE = responses(UnknownName, InvalidField, HeadersTooLarge, InternalError, Unready, Unreachable)
 REWRITE = responses(*BODY, *UPSTREAM, NumericalError, OutOfMemory)

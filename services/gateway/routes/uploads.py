@@ -1,6 +1,7 @@
 """Pictures in the bodies of requests: as base64 in JSON, or as a file of a form."""
 
 import asyncio
+from http import HTTPStatus
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -40,7 +41,9 @@ def _read_json(body: bytes) -> tuple[bytes, ExtractOptions]:
 async def _read_form(request: Request) -> tuple[bytes, ExtractOptions]:
     try:
         form = await request.form(max_files=1, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES)
-    except HTTPException:
+    except HTTPException as error:
+        if error.status_code == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+            raise
         raise MalformedBody(_FALLBACK) from None
     upload = form.get("image")
     if not isinstance(upload, UploadFile):

@@ -12,7 +12,7 @@ from inprocess import eventually
 
 from services.encoder.engine import EncoderEngine, Limits
 from services.encoder.model import TextEncoder
-from shared.device_thread import EXIT_DEVICE_FAILED
+from shared.device_thread import EXIT_DEVICE_FAILED, DeviceThread
 from shared.errors import DeviceFailed, InternalError, InvalidField, NotBegun, OutOfMemory, QueueFull, Unready
 from shared.language.generations import WritingLimits
 
@@ -197,6 +197,14 @@ async def test_a_batch_that_breaks_fails_alone(
         assert engine.device.unready_reason() is None
 
 
+async def late(engine: EncoderEngine, model: Watched) -> None:
+    """Encodes a text for which there was a device when it came."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DeviceThread, "model", model)
+        async with asyncio.timeout(PATIENCE_S):
+            await engine.encode(["a cat"], layer=-2)
+
+
 async def test_a_device_that_is_lost_ends_the_process(model: Watched) -> None:
     """After a CUDA assert every later call fails: the service must say so and exit for its supervisor to restart it."""
     statuses: list[int] = []
@@ -212,6 +220,8 @@ async def test_a_device_that_is_lost_ends_the_process(model: Watched) -> None:
             ends = await asyncio.gather(*waits, return_exceptions=True)
     assert {type(end) for end in ends} <= {DeviceFailed, NotBegun}
     assert not any("CUDA" in str(end) for end in ends)
+    with pytest.raises(NotBegun):  # of a text that was tokenized meanwhile: nothing would ever encode it
+        await late(engine, model)
     try:
         await eventually(lambda: statuses)
         assert statuses == [EXIT_DEVICE_FAILED]

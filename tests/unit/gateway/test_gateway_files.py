@@ -1,5 +1,6 @@
 """`services.gateway.pictures` and `services.gateway.files`: what the gateway writes without looking inside."""
 
+import errno
 import io
 import json
 from pathlib import Path
@@ -16,6 +17,7 @@ from services.diffusion.png import encode_png
 from services.gateway.clients import Embeddings
 from services.gateway.files import write_embeddings
 from services.gateway.pictures import with_parameters
+from shared.errors import StorageFailed
 
 values = st.none() | st.booleans() | st.integers(0, 2**63 - 1) | st.floats(0, 30) | st.text(max_size=60)
 
@@ -56,5 +58,23 @@ def test_its_name_follows_from_what_it_holds(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(OSError, match="file"):
+    with pytest.raises(StorageFailed, match="could not be saved") as failed:
         write_embeddings(tmp_path / "file" / "embeddings", embeddings(), {})
+    assert str(tmp_path) not in failed.value.detail
+
+
+def test_a_disk_that_is_full_keeps_no_half_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(StorageFailed, match="No space left"):
+        write_embeddings(tmp_path, embeddings(), {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_is_nearly_full_is_left_to_the_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.gateway.files.LEAST_FREE_BYTES", 1 << 60)
+    with pytest.raises(StorageFailed, match="nearly full"):
+        write_embeddings(tmp_path, embeddings(), {})
+    assert not list(tmp_path.iterdir())

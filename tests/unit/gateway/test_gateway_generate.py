@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import re
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
@@ -19,7 +20,7 @@ from safetensors.torch import load as load_tensors
 
 from services.diffusion.model import ZImageModel
 from services.encoder.model import TextEncoder
-from shared.chat import UNCONDITIONAL, Conversation, format_prompt
+from shared.chat import Conversation, format_prompt
 from shared.errors import BY_CODE, QueueFull, ServiceError, Unauthorized, Unready
 from shared.problems import MEDIA_TYPE as PROBLEM
 from shared.problems import problem_response
@@ -89,10 +90,11 @@ async def test_with_guidance_the_empty_prompt_is_the_negative(
 ) -> None:
     answer = await gateway.generate(guidance_scale=3.5, seed=1)
     formatted = format_prompt(Conversation(prompt="A cat"))
-    assert sent_texts(gateway) == ([formatted, UNCONDITIONAL], -2)
+    empty = format_prompt(Conversation(prompt=""))
+    assert sent_texts(gateway) == ([formatted, empty], -2)
     tensors = load_tensors(gateway.diffusion.calls[-1][0].content)
     assert set(tensors) == {"text", "negative"}
-    text, negative = states_of(text_encoder, formatted), states_of(text_encoder, UNCONDITIONAL)
+    text, negative = states_of(text_encoder, formatted), states_of(text_encoder, empty)
     torch.testing.assert_close(tensors["text"], text, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(tensors["negative"], negative, rtol=1e-5, atol=1e-5)
     expected = drawn_by(zimage_model, text, negative, steps=2, seed=1, guidance_scale=3.5)
@@ -290,7 +292,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
 )
 async def test_bad_fields_are_named_and_the_next_request_works(gateway: Any, fields: dict[str, Any], name: str) -> None:
     problem = check_problem(await gateway.generate(**fields), 422, "invalid_field")
-    assert f"'{name}'" in problem["detail"]
+    assert re.search(rf"'{name}['.\[]", problem["detail"])
     assert (await gateway.generate(steps=1)).status_code == 200
 
 

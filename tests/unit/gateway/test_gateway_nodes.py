@@ -15,7 +15,17 @@ from services.gateway.node import Node, NodeState
 from services.gateway.nodes import RETRIES, Nodes
 from services.gateway.pace import ENOUGH, LEAST_S, MOST_SHARE, SAMPLES, Pace
 from shared.client import ServiceClient
-from shared.errors import BadUpstream, InvalidField, QueueFull, ServiceError, Unreachable, Unready, UpstreamTimeout
+from shared.errors import (
+    BadUpstream,
+    InternalError,
+    InvalidField,
+    OutOfMemory,
+    QueueFull,
+    ServiceError,
+    Unreachable,
+    Unready,
+    UpstreamTimeout,
+)
 from shared.problems import problem_response
 from shared.schemas.node import MODEL_PATH, NodeFacts
 
@@ -172,6 +182,13 @@ class TestChoosing:
             with pytest.raises(Unreachable, match="cannot be reached"):
                 await ask(nodes)
 
+    async def test_one_that_hangs_is_not_there(self) -> None:
+        """The request itself has not been waited for: 503, and not 504."""
+        async with pool({"10.0.0.1": Machine(probe=hang)}) as nodes:
+            await eventually(lambda: states(nodes) == ["unreachable"])
+            with pytest.raises(Unreachable, match="did not answer within"):
+                await ask(nodes)
+
     async def test_a_service_that_is_starting_says_so(self) -> None:
         machine = Machine(probe=telling(Unready("Not ready: the model is being loaded.")))
         async with pool({"10.0.0.1": machine}) as nodes:
@@ -274,6 +291,17 @@ class TestFailing:
             machine.probe = machine.work = None
             assert await waiting == b"done"
 
+    async def test_it_is_not_waited_for_beyond_the_deadline(self) -> None:
+        machines = {"10.0.0.1": Machine()}
+        async with pool(machines) as nodes:
+            await all_ready(nodes, 1)
+            machines["10.0.0.1"].probe = machines["10.0.0.1"].work = refuse
+            clock = asyncio.get_running_loop().time
+            began = clock()
+            with pytest.raises(ServiceError):
+                await ask(nodes, timeout_s=0.2)
+            assert clock() - began < 2
+
     async def test_a_probe_that_breaks_is_asked_again(self) -> None:
         machine, broken = Machine(), [ZeroDivisionError(), ZeroDivisionError()]
 
@@ -369,6 +397,46 @@ class TestSlowness:
 
             await asyncio.gather(*(client() for _ in range(4)))
             assert len(machines["10.0.0.1"].seen) - before <= 4
+
+    @pytest.mark.parametrize("error", [QueueFull("Full."), OutOfMemory("Full."), InternalError("Broken.")])
+    async def test_one_that_fails_ends_nothing_while_a_slow_one_is_at_work(self, error: ServiceError) -> None:
+        begun, finish = asyncio.Event(), asyncio.Event()
+
+        async def slow(_: httpx2.Request) -> httpx2.Response:
+            begun.set()
+            await finish.wait()
+            return answer(b"late")
+
+        async def fail(_: httpx2.Request) -> httpx2.Response:
+            asyncio.get_running_loop().call_later(0.05, finish.set)
+            return refusal(error)
+
+        machines = {host: machine for host, machine in three().items() if host != "10.0.0.3"}
+        async with pool(machines) as nodes:
+            await all_ready(nodes, 2)
+            for _ in range(2 * ENOUGH):
+                await ask(nodes, kind="encode")
+            machines["10.0.0.1"].work, machines["10.0.0.2"].work = slow, fail
+            waiting = asyncio.create_task(ask(nodes, kind="encode"))
+            if not begun.is_set():  # the first one asked may be the one that fails
+                nodes.all[1][0].turn = 10**9
+            assert await asyncio.wait_for(waiting, 20) == b"late"
+
+    async def test_work_that_takes_as_long_as_it_takes_is_not_done_twice(self) -> None:
+        async def slow(_: httpx2.Request) -> httpx2.Response:
+            await asyncio.sleep(0.3)
+            return answer(b"late")
+
+        machines = three()
+        async with pool(machines) as nodes:
+            await all_ready(nodes, 3)
+            for _ in range(3 * ENOUGH):
+                await ask(nodes)
+            before = sum(len(machine.seen) for machine in machines.values())
+            for machine in machines.values():
+                machine.work = slow
+            assert await ask(nodes) == b"late"
+            assert sum(len(machine.seen) for machine in machines.values()) == before + 1
 
     def test_patience_is_what_most_take_twice(self) -> None:
         pace = Pace()

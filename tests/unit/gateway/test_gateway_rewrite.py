@@ -190,6 +190,13 @@ async def test_thinking_and_an_error_pass_through(client: httpx2.AsyncClient, re
     assert error[1]["request_id"] == answer.headers["x-request-id"]
 
 
+async def test_a_text_that_breaks_off_is_an_error(client: httpx2.AsyncClient, rewriter: Instead) -> None:
+    rewriter.answer = answers(THINKS)
+    answer = await client.post(URL, json=BODY, headers=EVENTS)
+    *_, (name, data) = events(answer.text)
+    assert (name, data["code"]) == ("error", "bad_upstream")
+
+
 @pytest.mark.parametrize("headers", [{}, EVENTS], ids=["JSON", "events"])
 async def test_a_rewriter_that_answers_nonsense(
     client: httpx2.AsyncClient, rewriter: Instead, headers: dict[str, str]

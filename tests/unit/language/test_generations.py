@@ -258,6 +258,9 @@ async def test_a_device_that_is_lost_ends_the_process(language: LanguageModel, g
             ends = await asyncio.gather(*tasks, return_exceptions=True)
         assert [type(end) for end in ends] == [DeviceFailed, NotBegun, NotBegun]
         await eventually(lambda: statuses)
+        with pytest.raises(NotBegun):  # of a conversation that was tokenized meanwhile: nothing would ever go on
+            async with asyncio.timeout(PATIENCE_S):
+                await whole(generations, language, assignment())
     assert statuses == [EXIT_DEVICE_FAILED]
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from services.rewriter.backend import Writing, Written
 from services.rewriter.clients import ApiBackEnd
 from shared.client import ServiceClient
-from shared.errors import BadUpstream, QueueFull, ServiceError, Unreachable, UpstreamTimeout
+from shared.errors import BadUpstream, InvalidField, QueueFull, ServiceError, Unreachable, UpstreamTimeout
 from shared.language.options import Message, Sampling
 
 THEIRS = "the other server's own words"
@@ -108,8 +108,8 @@ async def test_a_stream() -> None:
 
 
 async def test_a_stream_that_ends_without_its_mark() -> None:
-    pieces = await written(back_end(stream(chunk(content="A cat"), done=False)), writing(follow=True))
-    assert pieces[-1].reason is None
+    with pytest.raises(BadUpstream, match="before the text was whole"):
+        await written(back_end(stream(chunk(content="A cat"), done=False)), writing(follow=True))
 
 
 async def sent(wanted: Writing) -> tuple[httpx2.Request, dict[str, Any]]:
@@ -151,7 +151,7 @@ async def test_what_is_asked_for_besides_is_sent_too() -> None:
 @pytest.mark.parametrize("follow", [True, False])
 @pytest.mark.parametrize(
     ("status", "raised"),
-    [(400, BadUpstream), (401, BadUpstream), (404, BadUpstream), (429, QueueFull), (500, BadUpstream)],
+    [(400, InvalidField), (401, BadUpstream), (404, BadUpstream), (429, QueueFull), (500, BadUpstream)],
 )
 async def test_a_refusal_is_told_by_its_status_alone(status: int, raised: type[ServiceError], *, follow: bool) -> None:
     content = json.dumps({"error": {"message": THEIRS}, "detail": THEIRS, "code": "invalid_field"}).encode()
@@ -160,7 +160,8 @@ async def test_a_refusal_is_told_by_its_status_alone(status: int, raised: type[S
         with pytest.raises(ServiceError) as failed:
             await written(back_end(answer), writing(follow=follow))
         assert type(failed.value) is raised
-        assert failed.value.detail == f"The rewriter API service answered with status {status}."
+        said = "refused it" if status == 400 else "answered"
+        assert failed.value.detail == f"The rewriter API service {said} with status {status}."
         assert failed.value.retry_after_s == (7 if status == 429 else None)
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from shared.chat import UNCONDITIONAL, Conversation, format_prompt
+from shared.chat import Conversation, format_prompt
 
 USER_CAT = "<|im_start|>user\nPaint a cat<|im_end|>\n<|im_start|>assistant\n"
 SPEC_EXAMPLES = {
@@ -150,4 +150,4 @@ def test_the_unconditional_text_is_an_empty_user_message(tiny_checkpoint: Path) 
     expected = tokenizer.apply_chat_template(
         [{"role": "user", "content": ""}], tokenize=False, add_generation_prompt=True, enable_thinking=True
     )
-    assert expected == UNCONDITIONAL
+    assert format_prompt(Conversation(prompt="")) == expected

@@ -291,7 +291,6 @@ def failing(error: type[Exception]) -> Answer:
     [
         httpx2.ConnectError,
         httpx2.ConnectTimeout,
-        httpx2.PoolTimeout,
         httpx2.ReadError,
         httpx2.WriteError,
         httpx2.CloseError,
@@ -305,6 +304,44 @@ async def test_failures_of_the_connection(error: type[Exception]) -> None:
             await service.get("/", timeout_s=5)
     assert raised.value.retry_after_s == 2
     assert "library" not in raised.value.detail
+
+
+async def test_a_service_with_all_it_takes_is_full_and_still_says_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A probe that waited behind the work would make a node look away that only has much to do."""
+    monkeypatch.setattr("shared.client._WORK", httpx2.Limits(max_connections=1))
+    monkeypatch.setattr("shared.client.PLACE_TIMEOUT_S", 0.05)
+    asked = asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        if scope["method"] == "POST":
+            asked.set()
+            await asyncio.sleep(30)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"well"})
+
+    async with served(app) as url, await real_client("encoder", url) as service:
+        working = asyncio.create_task(service.post_json("/v1/hidden_states", {}, timeout_s=30))
+        await asked.wait()
+        assert (await service.get("/v1/model", timeout_s=5)).body == b"well"
+        with pytest.raises(QueueFull, match="as many requests") as full:
+            await service.post_json("/v1/hidden_states", {}, timeout_s=30)
+        assert full.value.retry_after_s
+        working.cancel()
+        await asyncio.gather(working, return_exceptions=True)
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+async def test_what_another_program_refuses_is_the_requests_fault(status: int) -> None:
+    transport = httpx2.MockTransport(lambda _: response(status, b"secret"))
+    async with ServiceClient(
+        "API encoder", "http://mac", max_reply_bytes=10_000, transport=transport, foreign=True
+    ) as service:
+        with pytest.raises(InvalidField, match=f"refused it with status {status}") as refused:
+            await service.get("/", timeout_s=5)
+    assert refused.value.told
+    assert "secret" not in refused.value.detail
 
 
 async def test_a_port_where_nobody_listens() -> None:

@@ -170,7 +170,7 @@ SENTENCES = {
     "no list": ({"text": "abc", "items": 1}, "'items' must be a list."),
     "no items": ({"text": "abc", "items": []}, "'items' must have at least 1 items."),
     "many items": ({"text": "abc", "items": [1, 2, 3]}, "'items' must have at most 2 items."),
-    "a bad item": ({"text": "abc", "items": ["x"]}, "'items' must be a whole number."),
+    "a bad item": ({"text": "abc", "items": [1, "x"]}, "'items[1]' must be a whole number."),
     "two at once": ({"count": 0}, "'text' is required. 'count' must be at least 1."),
     "a list as body": ([], "The request body must be a JSON object."),
     "a string as body": ("text", "The request body must be a JSON object."),
@@ -269,7 +269,9 @@ def test_the_frameworks_errors_become_ours(client: TestClient, status: int, answ
 
 def test_unknown_paths_and_methods(client: TestClient) -> None:
     assert problem_of(client.get("/nowhere"), 404)["detail"].startswith("There is nothing at /nowhere")
-    assert problem_of(client.delete("/body"), 405)["detail"].startswith("/body does not answer DELETE")
+    refused = client.delete("/body")
+    assert problem_of(refused, 405)["detail"].startswith("/body does not answer DELETE")
+    assert refused.headers["allow"] == "POST"
     assert len(problem_of(client.get("/" + "x" * 5_000), 404)["detail"]) < 300
 
 

@@ -9,6 +9,7 @@ import pytest
 from services.diffusion.settings import DiffusionSettings
 from services.encoder.settings import EncoderSettings
 from services.gateway.settings import GatewaySettings
+from services.rewriter.settings import RewriterSettings
 from shared.profiles import flatten, read_profile
 from shared.settings import (
     Device,
@@ -134,6 +135,15 @@ def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (GatewaySettings, "ZIMAGE_WIDTH", "1000", "ZIMAGE_WIDTH = '1000': must be a multiple of 16"),
         (GatewaySettings, "ZIMAGE_SHIFT", "0", "--shift (ZIMAGE_SHIFT) = '0'"),
         (GatewaySettings, "ZIMAGE_LONG_PROMPT_MODE", "squeeze", "--long-prompt-mode (ZIMAGE_LONG_PROMPT_MODE)"),
+        (GatewaySettings, "ZIMAGE_REDIS_URL", "r://[", "--redis-url (ZIMAGE_REDIS_URL) = 'r://['"),
+        (GatewaySettings, "ZIMAGE_REDIS_URL", "unix://", "--redis-url (ZIMAGE_REDIS_URL) = 'unix://'"),
+        (GatewaySettings, "ZIMAGE_REDIS_URL", "localhost:6379", "--redis-url (ZIMAGE_REDIS_URL) = 'localhost:6379'"),
+        (
+            GatewaySettings,
+            "ZIMAGE_REDIS_URL",
+            "redis://host:port",
+            "--redis-url (ZIMAGE_REDIS_URL) = 'redis://host:port'",
+        ),
         (GatewaySettings, "ZIMAGE_ENCODER_URLS", "ftp://host", "--encoder-urls (ZIMAGE_ENCODER_URLS)"),
         (EncoderSettings, "ZIMAGE_TEXT_ENCODER_DEVICE", "gpu", "--text-encoder-device (ZIMAGE_TEXT_ENCODER_DEVICE)"),
         (DiffusionSettings, "ZIMAGE_DIFFUSION_MAX_WAITING", "0", "ZIMAGE_DIFFUSION_MAX_WAITING = '0'"),
@@ -171,6 +181,29 @@ def test_a_secret_is_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "very-secret" not in repr(settings)
     assert settings.api_key is not None
     assert settings.api_key.get_secret_value() == "very-secret"
+
+
+@pytest.mark.parametrize("name", ["ZIMAGE_API_KEY", "ZIMAGE_REWRITER_API_KEY"])
+def test_a_key_can_stand_in_a_header(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, " sk-1234\n")
+    settings = read_settings(RewriterSettings)
+    key = settings.api_key or settings.rewriter_api_key
+    assert key is not None
+    assert key.get_secret_value() == "sk-1234"
+    monkeypatch.setenv(name, "  ")
+    assert read_settings(RewriterSettings) == RewriterSettings(api_key=None, rewriter_api_key=None)
+    for bad in ("two words", "line\nbreak", "schl\N{LATIN SMALL LETTER U WITH DIAERESIS}ssel", "k" * 8193):
+        monkeypatch.setenv(name, bad)
+        with pytest.raises(InvalidSettings, match=rf"^{name} = \(hidden\): a key must be") as refused:
+            read_settings(RewriterSettings)
+        assert bad not in str(refused.value)
+
+
+def test_the_password_of_a_url_is_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZIMAGE_ENCODER_URLS", "http://a,ftp://user:secret@host")
+    with pytest.raises(InvalidSettings, match=r"ftp://user:\*\*\*@host") as refused:
+        read_settings(GatewaySettings)
+    assert "secret" not in str(refused.value)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -129,6 +129,8 @@ def test_an_unknown_name() -> None:
 )
 def test_the_dtype_to_compute_in(wanted: Dtype, checkpoint: str, expected: torch.dtype) -> None:
     assert dtype_of(wanted, checkpoint) == expected
+    on_gpu = torch.bfloat16 if wanted is Dtype.AUTO else expected
+    assert {dtype_of(wanted, checkpoint, torch.device(kind)) for kind in ("cuda", "mps")} == {on_gpu}
 
 
 @pytest.mark.parametrize(

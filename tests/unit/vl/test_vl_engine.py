@@ -16,7 +16,7 @@ from pictures import encoded, pixels
 from services.vl.engine import Limits, VlEngine
 from services.vl.model import Inputs, VisionModel
 from services.vl.settings import VlSettings
-from shared.device_thread import EXIT_DEVICE_FAILED
+from shared.device_thread import EXIT_DEVICE_FAILED, DeviceThread
 from shared.errors import DeviceFailed, InternalError, InvalidField, NotBegun, OutOfMemory, QueueFull, Unready
 from shared.schemas.rewriter import Rewritten
 from shared.schemas.vl import DescribeParameters, ExtractParameters
@@ -141,6 +141,32 @@ async def test_who_goes_away_leaves_the_queue(gated: GatedModel) -> None:
         await first
 
 
+async def test_a_decoding_counts_until_it_is_done(gated: GatedModel) -> None:
+    """Those who go away leave no thread behind that others are not told of."""
+    going, most, gate, lock = 0, 0, threading.Event(), threading.Lock()
+    inner = gated.prepare
+
+    def prepare(*arguments: Any, **options: Any) -> Inputs:
+        nonlocal going, most
+        with lock:
+            going, most = going + 1, max(most, going + 1)
+        assert gate.wait(30)
+        with lock:
+            going -= 1
+        return inner(*arguments, **options)
+
+    gated.prepare = prepare  # type: ignore[method-assign]
+    async with running(gated, max_waiting=16) as engine:
+        tasks = [asyncio.create_task(engine.extract(PICTURE, parameters())) for _ in range(6)]
+        for task in tasks:
+            await asyncio.sleep(0.02)
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        gate.set()
+        await engine.extract(PICTURE, parameters())
+    assert 1 <= most <= 2
+
+
 async def test_one_bad_picture_does_not_end_the_service(gated: GatedModel) -> None:
     async with running(gated) as engine:
         gated.break_next.append(ValueError("secret"))
@@ -171,6 +197,10 @@ async def test_a_device_that_is_lost_ends_the_process(gated: GatedModel) -> None
             ends = await asyncio.gather(first, *others, return_exceptions=True)
         assert [type(end) for end in ends] == [DeviceFailed, NotBegun, DeviceFailed]
         await eventually(lambda: statuses)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(NotBegun):
+            patch.setattr(DeviceThread, "model", gated)  # as it was when this one came and began to be decoded
+            async with asyncio.timeout(30):
+                await engine.extract(PICTURE, parameters())
     assert statuses == [EXIT_DEVICE_FAILED]
 
 
