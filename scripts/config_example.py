@@ -1,8 +1,8 @@
 """Write config.example.toml from the services' settings: `.venv/bin/python scripts/config_example.py`.
 
 Every setting that has a key is listed under its table with its description, its flag and variable, and its default.
-Commented out are settings without a default or with one that differs from machine to machine, and those of services
-that are not written yet. What this doesn't know: what any setting does; that stands beside the setting itself.
+Commented out are settings without a default or with one that differs from machine to machine. What
+this doesn't know: what any setting does; that stands beside the setting itself.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from services.gateway.settings import GatewaySettings
 from services.rewriter.settings import BackEndKind, RewriterSettings
+from shared.addresses import without_passwords
 from shared.checkpoint import UnusableModel, require_parts
 from shared.settings import DEFAULT_PROFILE, Device, ModelSettings, NodeSettings, ServiceSettings, VisionSettings
 from zimage.flags import check_configuration, in_force, set_environment, with_flags
@@ -24,6 +25,7 @@ from zimage.plan import (
     REWRITER,
     VL,
     CannotStart,
+    listen,
     rewriter_back_end,
     runs_diffusion,
     runs_encoder,
@@ -34,7 +36,7 @@ from zimage.serve import serve_until_stopped
 
 app = typer.Typer(
     name="zimage",
-    help="A text-to-image server for Z-Image: gateway, encoder and diffusion as services of their own.",
+    help="A text-to-image server for Z-Image: gateway, encoder, rewriter, vision and diffusion, each a service.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -118,12 +120,15 @@ def node(
     allow_no_token: Annotated[
         bool | None, typer.Option("--allow-no-token", help="Serve whoever reaches it, on a network that you trust.")
     ] = None,
+    config: ConfigFile = None,
+    profile: Profile = None,
     debug: Annotated[bool | None, typer.Option("--debug", help="Enable debug logging.")] = None,
 ) -> None:
     """Run one service alone, for a gateway on another machine."""
     path = "vl_model_path" if kind is NodeKind.VL else "model_path"
     set_environment({path: model_path, f"{kind}_host": host, f"{kind}_port": port, "debug": debug})
     set_environment({"service_token_file": service_token_file, "allow_no_token": allow_no_token})
+    set_environment({"config": config, "profile": profile})
     set_environment(dict.fromkeys(_DEVICES[kind], device))
     settings = check_configuration([kind])[kind]
     assert isinstance(settings, NodeSettings)  # noqa: S101 - by the table that it comes from
@@ -132,6 +137,7 @@ def node(
         _require_vision_model(settings)
     elif not isinstance(settings, RewriterSettings) or settings.reads_model_directory:
         _require_model(settings)
+    listen(*settings.address).socket.close()  # tells of a bad address before a model is loaded
     os.execv(sys.executable, [sys.executable, "-m", f"services.{kind}"])  # noqa: S606 - our own module, no shell
 
 
@@ -141,7 +147,7 @@ def config(*, config: ConfigFile = None, profile: Profile = None) -> None:
     set_environment({"config": config, "profile": profile})
     table = Table("setting", "value", "from")
     for row in in_force():
-        table.add_row(row.name, escape(str(row.value)), escape(row.source))
+        table.add_row(row.name, escape(without_passwords(str(row.value))), escape(row.source))
     Console().print(table)
 
 

@@ -5,7 +5,6 @@ It knows no terminal: `zimage generate` and `zimage demo` show what it does.
 
 import asyncio
 import base64
-import ipaddress
 import json
 import struct
 import time
@@ -16,15 +15,16 @@ from urllib.parse import urlsplit
 
 import httpx2
 
+from shared.addresses import is_loopback
 from shared.events import ERROR
 from shared.events import MEDIA_TYPE as EVENTS
+from shared.pictures import PNG_SIGNATURE
 from shared.schemas.diffusion import DONE, STEP, Done, Stepped
 from zimage.errors import CommandFailed
 
 CONNECT_TIMEOUT_S = 10.0
 MAX_EVENT_BYTES = 64 << 20  # the last one holds the PNG in base64
 _STRANGE = "{} answered, but not with a picture: is it a Z-Image server?"
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _IHDR = struct.Struct(">8x4x4xII")  # signature, length and name of the first chunk, width, height
 
 
@@ -122,16 +122,8 @@ def _base_url(url: str) -> str:
 
 def _http(base: str) -> httpx2.AsyncClient:
     timeout = httpx2.Timeout(None, connect=CONNECT_TIMEOUT_S)  # the deadline of the whole is the caller's
-    return httpx2.AsyncClient(base_url=base, timeout=timeout, trust_env=not _is_loopback(base))
-
-
-def _is_loopback(base: str) -> bool:
-    """Whether the server is on this machine, where the proxies that the environment may name don't reach."""
-    host = urlsplit(base).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    here = is_loopback(urlsplit(base).hostname or "")  # where the proxies that the environment may name don't reach
+    return httpx2.AsyncClient(base_url=base, timeout=timeout, trust_env=not here)
 
 
 def _refusal(response: httpx2.Response, base: str) -> str:

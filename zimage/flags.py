@@ -107,6 +107,8 @@ def in_force() -> list[InForce]:
 def _option(name: str, field: FieldInfo) -> inspect.Parameter:
     flag = f"--{name.replace('_', '-')}"
     kind = _flag_type(field)
+    if kind is bool:  # so that the command line can also say no to what the environment or the file says
+        flag += f"/--no-{flag.removeprefix('--')}"
     default = field.default.value if isinstance(field.default, Enum) else field.default
     shown = "" if default in (None, False, ()) else f" Default: {default}."
     option = typer.Option(flag, help=f"{field.description}{shown}", rich_help_panel=panel_of(field))

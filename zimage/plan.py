@@ -1,5 +1,6 @@
 """What runs on one machine: which services, where each listens, and what each is told in its environment."""
 
+import errno
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -45,8 +46,9 @@ def listen(host: str, port: int) -> Listener:
     try:
         opened = socket.create_server((host, port), family=family, backlog=512)
     except OSError as error:
-        why = error.strerror or str(error)
-        raise CannotStart(f"cannot listen on {host} port {port}: {why}; choose another with --port") from None
+        option = "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
+        why = (error.strerror or str(error)).partition(" (while attempting")[0]
+        raise CannotStart(f"cannot listen on {host} port {port}: {why}; choose another with {option}") from None
     opened.setblocking(False)
     shown = f"[{host}]" if family == socket.AF_INET6 else host
     return Listener(opened, f"http://{shown}:{opened.getsockname()[1]}")

@@ -149,20 +149,25 @@ class _Service:
             await process.wait()
 
     async def _run(self) -> int:
+        """Runs the process to its end and answers its exit status, or EX_OSERR where there was none."""
         environment = {**os.environ, **self.plan.environment, "ZIMAGE_LOG_FORMAT": "json", LIFELINE: "1"}
         descriptors = []
         if self.plan.listener is not None:
             descriptors.append(self.plan.listener.socket.fileno())
             environment[SOCKET_FD] = str(descriptors[0])
-        self._process = await asyncio.create_subprocess_exec(
-            *self.plan.command,
-            stdin=asyncio.subprocess.PIPE,  # never written to: its end tells the service that we are gone
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            pass_fds=descriptors,
-            env=environment,
-            start_new_session=True,  # Ctrl-C on the terminal is for us; we stop the services in order
-        )
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                *self.plan.command,
+                stdin=asyncio.subprocess.PIPE,  # never written to: its end tells the service that we are gone
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+                pass_fds=descriptors,
+                env=environment,
+                start_new_session=True,  # Ctrl-C on the terminal is for us; we stop the services in order
+            )
+        except OSError as error:  # no memory or no place for a process: there may be some later
+            self._last_lines.append(f"no process could be started: {error.strerror}")
+            return os.EX_OSERR
         await self._copy_lines(self._process)
         return await self._process.wait()
 

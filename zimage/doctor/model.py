@@ -14,8 +14,8 @@ from rich.filesize import decimal
 
 from services.diffusion.kernels import wanted_kernels
 from services.diffusion.settings import DiffusionSettings
-from shared.checkpoint import UnusableModel, require_parts, weight_bytes
-from shared.settings import Device, Dtype
+from shared.checkpoint import UnusableModel, require_parts
+from shared.settings import Device, Dtype, Quantization
 from zimage.doctor.configuration import Configuration
 from zimage.doctor.libraries import try_import
 from zimage.doctor.row import Row, missing, note, ok
@@ -32,6 +32,7 @@ class Part:
     name: str
     device: Device
     dtype: Dtype
+    quantization: Quantization = Quantization.NONE
     offloaded: bool = False
     flash: bool = False
     user: str = ""
@@ -83,12 +84,17 @@ def _parts(configuration: Configuration) -> list[Part]:
     encoder, diffusion = configuration.encoder, configuration.diffusion
     parts = []
     if configuration.runs_encoder:
-        parts.append(Part("text_encoder", encoder.text_encoder_device, encoder.text_encoder_dtype))
+        kept: dict[str, Any] = {"quantization": encoder.text_encoder_quantization}
+        parts.append(Part("text_encoder", encoder.text_encoder_device, encoder.text_encoder_dtype, **kept))
     if configuration.loads_second_encoder:
         rewriter = configuration.rewriter
         parts.append(Part("text_encoder", rewriter.rewriter_device, rewriter.rewriter_dtype, user="rewriter"))
     if configuration.runs_diffusion:
-        how: dict[str, Any] = {"offloaded": diffusion.cpu_offload, "flash": _computes_in_16_bits(diffusion)}
+        how: dict[str, Any] = {
+            "quantization": diffusion.quantization,
+            "offloaded": diffusion.cpu_offload,
+            "flash": _computes_in_16_bits(diffusion),
+        }
         parts.append(Part("transformer", diffusion.dit_device, diffusion.diffusion_dtype, **how))
         parts.append(Part("vae", diffusion.vae_device, diffusion.diffusion_dtype))
     return parts
@@ -120,12 +126,12 @@ def _device_rows(root: Path, parts: Sequence[tuple[Part, Weights]], tensors: Any
         except UnusableModel as error:
             rows.append(missing(f"device of {part.title}", str(error), "choose another device, or auto"))
             continue
-        dtype = tensors.dtype_of(part.dtype, weights.dtype)
+        dtype = tensors.dtype_of(part.dtype, weights.dtype, device)
         if part.flash and dtype.itemsize > 2:
             todo = "set ZIMAGE_DIFFUSION_DTYPE=bfloat16, or leave --flash-attn out"
             rows.append(missing("attention flash", f"it computes in bfloat16, but the weights are {dtype}", todo))
         place = tensors.pick_device(Device.CPU) if part.offloaded else device
-        needed[place] += weight_bytes(root / part.name, dtype.itemsize)
+        needed[place] += tensors.loaded_bytes(root / part.name, dtype, part.quantization)
     return [*rows, *(_fit_row(device, size, tensors.free_memory(device)) for device, size in needed.items())]
 
 

@@ -67,8 +67,9 @@ def _text_width(configuration: Configuration) -> int | None:
 
 def _memory_row(folder: Path, configuration: Configuration, facts: Any, tensors: Any) -> Row:
     settings, what = configuration.vl, f"vision weights on {facts.device}"
-    dtype = tensors.dtype_of(settings.vl_dtype, facts.dtype)
-    needed, free = weight_bytes(folder, dtype.itemsize), tensors.free_memory(tensors.pick_device(settings.vl_device))
+    device = tensors.pick_device(settings.vl_device)
+    dtype = tensors.dtype_of(settings.vl_dtype, facts.dtype, device)
+    needed, free = weight_bytes(folder, dtype.itemsize), tensors.free_memory(device)
     when = "while a picture is read" if settings.vl_auto_unload else "all the time"
     if free is None:
         return note(what, f"{decimal(needed)} {when}; how much memory is free cannot be told on this system")

@@ -164,8 +164,6 @@ class TestRedis:
             "redis://:secret@127.0.0.1:{port}",
             "redis://127.0.0.1:{port}?password=secret",
             "unix:///no/such.sock",
-            "x",
-            "r://[",
         ],
     )
     def test_another_that_is_away_is_noted(self, settings: pytest.MonkeyPatch, url: str) -> None:
