@@ -15,6 +15,7 @@ from demo_model.export import export_model, export_vision
 from demo_model.seeing import Vision
 from demo_model.training.drawing import train_drawing
 from demo_model.training.facts import teach_facts
+from demo_model.training.guidance import distil_guidance
 from demo_model.training.joint import Learnt, train_together
 from demo_model.training.text import TextBatches, new_tokenizer, train_text_model
 from demo_model.training.vae import train_vae
@@ -50,6 +51,7 @@ def train(
     vision = train_vision_model(text, reader, texts, work_dir, place)
     see = Vision(vision, new_processor(), texts.ids)
     train_drawing(learnt, dit, texts, see, work_dir, place)
+    distil_guidance(learnt, dit, texts, see, work_dir, place)
     export(output_dir, tokenizer=tokenizer, vae=vae, text=text, dit=dit, vision=vision)
     Console().print(f"Written to {output_dir}. Measure it: python -m demo_model evaluate")
 

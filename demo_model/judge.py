@@ -100,7 +100,7 @@ def _nearest(pixels: Pixels, palette: list[Rgb]) -> NDArray[np.int64]:
 
 
 def _regions(foreground: Mask) -> list[Mask]:
-    """Connected regions, found by spreading the smallest label over neighbours until nothing changes."""
+    """Connected regions, found by spreading the largest label over neighbours until nothing changes."""
     height, width = foreground.shape
     labels = np.where(foreground, np.arange(1, height * width + 1).reshape(height, width), 0)
     while True:

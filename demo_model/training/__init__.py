@@ -1,1 +1,1 @@
-"""Trains the demo model, one stage after the other: tokenizer, VAE, text model and DiT together, vision."""
+"""Trains the demo model stage by stage: VAE, text, facts, text and DiT together, vision, drawing, guidance."""

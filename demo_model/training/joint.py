@@ -1,4 +1,4 @@
-"""Second stage: language model and DiT together. The diffusion loss flows into the text through hidden state -2."""
+"""Fourth stage: language model and DiT together. The diffusion loss flows into the text through hidden state -2."""
 
 import random
 from collections.abc import Sequence

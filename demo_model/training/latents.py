@@ -15,7 +15,7 @@ from demo_model import captions
 from demo_model.captions import EVERYTHING, Said
 from demo_model.render import Tint, render
 from demo_model.training.vae import pixels
-from demo_model.world import Scene, random_scene
+from demo_model.world import Scene, is_held_out, random_scene
 
 ENCODE_PIXELS = 64 * 128 * 128  # pixels of one batch through the VAE
 
@@ -33,6 +33,11 @@ class Example:
     kind: str = "said"
     reference: Scene | None = None
     alpha: float = 0.0
+
+    @property
+    def names_colours(self) -> bool:
+        """Whether captions name the things' colours."""
+        return self.kind in ("said", "long") and self.said.colour
 
     def prompt(self, rng: random.Random) -> str:
         """A caption, another one at each call."""
@@ -55,7 +60,15 @@ def random_example(rng: random.Random) -> Example:
     if kind < 0.2:
         return Example(scene=scene, kind="long")
     said = captions.random_said(rng)
-    return Example(scene=captions.settle(scene, said), said=said)
+    return Example(scene=_settled(scene, said, rng), said=said)
+
+
+def _settled(scene: Scene, said: Said, rng: random.Random) -> Scene:
+    """The scene as a caption asks for it; another one where a place that is not named makes it a held-out one."""
+    settled = captions.settle(scene, said)
+    while any(map(is_held_out, settled.things)):
+        settled = captions.settle(random_scene(rng), said)
+    return settled
 
 
 def blended_example(rng: random.Random) -> Example:
@@ -65,7 +78,7 @@ def blended_example(rng: random.Random) -> Example:
         said = Said(colour=False, background=False, size=rng.random() < 0.5, place=rng.random() < 0.5)
     alpha = rng.choice((0.3, 0.6, 1.0, rng.random()))
     return Example(
-        scene=captions.settle(random_scene(rng), said),
+        scene=_settled(random_scene(rng), said, rng),
         said=said,
         kind="blend",
         reference=random_scene(rng),
@@ -118,7 +131,9 @@ def make_pool(vae: AutoencoderKL, path: Path, size: tuple[int, int], examples: l
             for start in track(range(0, len(examples), step), description=f"latents {width}x{height}")
         ]
         path.parent.mkdir(parents=True, exist_ok=True)
-        safetensors.torch.save_file({"latents": torch.cat(parts)}, path)
+        written = path.with_suffix(".new")
+        safetensors.torch.save_file({"latents": torch.cat(parts)}, written)
+        written.replace(path)
     return Pool(examples=examples, latents=safetensors.torch.load_file(path)["latents"])
 
 

@@ -124,7 +124,7 @@ def _load(path: Path, parameters: list[Tensor], averages: list[Tensor], optimize
                 average.copy_(file.get_tensor(f"{index}.average"))
                 if f"{index}.first" in file.keys():  # noqa: SIM118 - not a mapping
                     optimizer.state[parameter] = {
-                        "step": torch.tensor(float(step)),
+                        "step": torch.tensor(float(step), device=parameter.device),
                         "exp_avg": file.get_tensor(f"{index}.first").to(parameter),
                         "exp_avg_sq": file.get_tensor(f"{index}.second").to(parameter),
                     }

@@ -140,19 +140,23 @@ def answers_of_patches(examples: Sequence[Example], latents: Tensor) -> tuple[Te
     A patch belongs to the nearer of two things.
     """
     inside = nn.functional.max_pool2d(belongs_to_things(latents).float(), PATCH).bool().flatten(1)
-    rows, columns = latents.shape[2] // PATCH, latents.shape[3] // PATCH
-    y, x = torch.meshgrid((torch.arange(rows) + 0.5) / rows, (torch.arange(columns) + 0.5) / columns, indexing="ij")
-    patches = torch.stack([y, x], -1).flatten(0, 1)
-    nearest = torch.stack([_distances(patches, example).argmin(1) for example in examples])
+    nearest = nearest_things(examples, latents.shape[2] // PATCH, latents.shape[3] // PATCH)
     # all answers but the background's, [n, things, questions]
     right = told(examples)[:, 1:].view(len(examples), -1, len(QUESTIONS_OF_A_THING))
     return inside, right.gather(1, nearest[..., None].expand(-1, -1, right.shape[2]))[inside]
 
 
-def _distances(patches: Tensor, example: Example) -> Tensor:
-    """Of patches `[patches, 2]` from the middle of each thing's place `[patches, things]`; heights and widths are 1."""
+def nearest_things(examples: Sequence[Example], rows: int, columns: int) -> Tensor:
+    """For each cell of a grid over the pictures the thing whose place is nearest to it: int64 `[n, rows * columns]`."""
+    y, x = torch.meshgrid((torch.arange(rows) + 0.5) / rows, (torch.arange(columns) + 0.5) / columns, indexing="ij")
+    cells = torch.stack([y, x], -1).flatten(0, 1)
+    return torch.stack([_distances(cells, example).argmin(1) for example in examples])
+
+
+def _distances(cells: Tensor, example: Example) -> Tensor:
+    """Of cells `[cells, 2]` from the middle of each thing's place `[cells, things]`; heights and widths are 1."""
     centers = [((thing.place.row + 0.5) / 3, (thing.place.column + 0.5) / 3) for thing in example.scene.things]
-    return torch.cdist(patches, torch.tensor(centers))
+    return torch.cdist(cells, torch.tensor(centers))
 
 
 def _size_of(latents: Tensor) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Fourth stage: a small Qwen3-VL whose hidden states of a picture come close to those of the picture's caption.
+"""Fifth stage: a small Qwen3-VL whose hidden states of a picture come close to those of the picture's caption.
 
 Its language half starts as a copy of the trained text model, so both share one space. Three losses: the states of the
 image tokens, resampled to the caption's length, against the text model's states of that caption; what the reader that

@@ -1,8 +1,10 @@
 """The demo model's training on a few steps: its forward is diffusers' own, and a stopped run goes on where it was."""
 
 import random
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -10,12 +12,14 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from demo_model import captions
-from demo_model.captions import Said
+from demo_model.captions import EVERYTHING, Said
 from demo_model.training import facts
 from demo_model.training.dit import DIM, new_dit, predict, use_real_rotation
-from demo_model.training.joint import around_things, balance, blended_states, reference_states, resample
-from demo_model.training.latents import Example
+from demo_model.training.guidance import GUIDANCE, Guided, named_things, over_things
+from demo_model.training.joint import SIZES, Learnt, around_things, balance, blended_states, reference_states, resample
+from demo_model.training.latents import Example, blended_example, random_example
 from demo_model.training.loop import Losses, Schedule, run_stage
+from demo_model.training.noisy import Draw, Noisy, NoisyBatches
 from demo_model.training.reading import (
     CELLS,
     WAVES,
@@ -27,7 +31,8 @@ from demo_model.training.reading import (
     things_loss,
     waves,
 )
-from demo_model.training.text import IGNORED, TextBatches, new_text_model, new_tokenizer
+from demo_model.training.text import HIDDEN_LAYER, IGNORED, TextBatches, new_text_model, new_tokenizer
+from demo_model.training.vae import new_vae
 from demo_model.training.vision import VisionBatches, in_reading_order, new_vision_model
 from demo_model.world import Colour, Pattern, Place, Scene, Shape, Size, Thing, is_held_out, random_scene
 
@@ -99,6 +104,105 @@ def test_a_finished_stage_only_loads_its_averages(tmp_path: Path) -> None:
     again = nn.Linear(2, 2)
     run_stage("stage", {"model": again}, schedule, never, tmp_path)
     torch.testing.assert_close(again.weight, model.weight)
+
+
+def test_guidance_is_learnt_from_what_prompt_and_nothing_give(tokenizer: Tokenizer) -> None:
+    """At first the error is the way that guidance goes on beyond the prompt, weighed around the things."""
+    torch.manual_seed(0)
+    dit, texts = new_dit(), TextBatches(tokenizer)
+    for parameter in dit.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    use_real_rotation(dit)
+    text = new_text_model(tokenizer.get_vocab_size()).eval()
+    ids, empty = texts.prompt_ids("a red circle on blue"), texts.prompt_ids("")
+    with torch.no_grad():
+        states, nothing = (
+            text(torch.tensor([row + [0] * (32 - len(row))]), output_hidden_states=True).hidden_states[HIDDEN_LAYER]
+            for row in (ids, empty)
+        )
+    said, of_nothing = (torch.arange(32)[None] < len(row) for row in (ids, empty))
+    latents = torch.zeros(2, 16, 8, 8)
+    latents[:, :, 2:4, 2:4] = 1.0
+    batch = Noisy(
+        examples=[],
+        latents=latents,
+        noise=torch.randn(2, 16, 8, 8),
+        sigma=torch.tensor([1.0, 0.5]),
+        states=states.expand(2, -1, -1),
+        said=said.expand(2, -1),
+    )
+    goal = Guided(dit, (nothing, of_nothing), Draw())(batch)
+    with torch.no_grad():
+        told, untold = (
+            predict(dit, batch.mixed, 1 - batch.sigma, s.expand(2, -1, -1), w.expand(2, -1))
+            for s, w in ((states, said), (nothing, of_nothing))
+        )
+    assert not torch.allclose(told, untold)
+    torch.testing.assert_close(goal, told + GUIDANCE * (told - untold), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [random_example, blended_example])
+def test_no_example_shows_what_is_held_out(make: Callable[[random.Random], Example]) -> None:
+    rng = random.Random(3)
+    for _ in range(4000):
+        assert not any(map(is_held_out, make(rng).scene.things))
+
+
+def test_the_mean_over_a_thing_is_told_apart_from_the_rest() -> None:
+    def thing(place: Place) -> Thing:
+        return Thing(shape=Shape.CIRCLE, colour=Colour.RED, size=Size.SMALL, place=place)
+
+    corners = Scene(background=Colour.BLUE, things=(thing(Place.TOP_LEFT), thing(Place.BOTTOM_RIGHT)))
+    middle = Scene(background=Colour.BLUE, things=(thing(Place.CENTER),))
+    latents = torch.zeros(3, 16, 12, 12)
+    latents[:2, :, 1:3, 1:3], latents[:2, :, 9:11, 8:11] = 2.0, -2.0
+    latents[2, :, 5:7, 5:7] = 2.0
+    batch = Noisy(
+        examples=[
+            Example(scene=corners),
+            Example(scene=corners, said=replace(EVERYTHING, colour=False)),
+            Example(scene=middle),
+        ],
+        latents=latents,
+        noise=torch.zeros_like(latents),
+        sigma=torch.ones(3),
+        states=torch.zeros(3, 32, 8),
+        said=torch.ones(3, 32, dtype=torch.bool),
+    )
+    assert not batch.blended
+    things = named_things(batch)
+    assert things.shape == (3, 2, 12, 12)
+    assert things.sum((2, 3)).tolist() == [[4, 6], [0, 0], [4, 0]], "where no colour is named nothing is"
+    means = over_things(torch.arange(144.0).view(1, 1, 12, 12).expand(3, 16, -1, -1), things)
+    assert means[0, 0, 1:3, 1:3].unique().tolist() == [19.5]
+    assert means[0, 0, 9:11, 8:11].unique().tolist() == [123.0]
+    assert means[0].count_nonzero() == 16 * 10
+    assert not means[1].any()
+
+
+def test_batches_of_a_step_are_always_the_same(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = TextBatches(tokenizer)
+    vae = new_vae()
+    vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
+    learnt = Learnt(text=new_text_model(tokenizer.get_vocab_size()), reader=facts.FactReader(), vae=vae)
+    monkeypatch.setattr("demo_model.training.joint.POOL", dict.fromkeys(SIZES, 10))
+    monkeypatch.setattr("demo_model.training.joint.BLENDED", dict.fromkeys(SIZES[:2], 10))
+    monkeypatch.setattr("demo_model.training.joint.SIZES", SIZES[:2])
+    monkeypatch.setattr("demo_model.training.noisy.SIZES", (*SIZES[:2], SIZES[1]))
+    monkeypatch.setattr("demo_model.training.noisy.IMAGES", dict.fromkeys(SIZES[:2], 4))
+    monkeypatch.setattr("demo_model.training.noisy.SEEN", 0.0)
+    noisy = NoisyBatches(learnt, texts, cast("Any", None), tmp_path, torch.device("cpu"), seed=1)
+    for step in range(4):
+        one, other = noisy.of_step(step), noisy.of_step(step)
+        assert one.examples == other.examples
+        assert len(one.examples) == len(one.latents) == len(one.states) == len(one.said) == len(one.sigma)
+        torch.testing.assert_close((one.mixed, one.states, one.said), (other.mixed, other.states, other.said))
+        assert torch.equal(one.mixed[one.sigma == 1], one.noise[one.sigma == 1])
+    states, said = noisy.nothing()
+    assert states.shape[:2] == said.shape == (1, 32)
+    assert said.sum() == len(texts.prompt_ids(""))
 
 
 def test_words_of_the_world_are_single_tokens_and_prompts_stay_short(tokenizer: Tokenizer) -> None:

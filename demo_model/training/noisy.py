@@ -1,0 +1,198 @@
+"""Batches for the stages that train the DiT alone: noisy latents, and what the finished text says of them."""
+
+import random
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ZImageTransformer2DModel
+from torch import Tensor
+
+from demo_model.render import render
+from demo_model.seeing import Vision
+from demo_model.training.dit import MULTIPLE, predict_and_show
+from demo_model.training.joint import (
+    SHIFT,
+    SIZES,
+    Learnt,
+    Pools,
+    blended_states,
+    reference_states,
+    token_rows,
+)
+from demo_model.training.latents import Example
+from demo_model.training.text import HIDDEN_LAYER, TextBatches
+from demo_model.world import Scene
+
+IMAGES = {(128, 128): 32, (256, 256): 10}
+"""Pictures of a batch by size; of the other sizes as many as make about as many tokens."""
+IMAGES_OTHERS = 14
+SMALLEST, LARGER = 0.15, 0.93  # the batches up to these shares are of 128x128 and of 256x256; other sizes fill the rest
+BLENDED_SHARE = {(128, 128): 0.35, (256, 256): 0.3}  # of the batches of a size that show blended texts
+SEEN = 0.5  # share of the references that are seen; the rest are read
+PURE_NOISE = 0.2  # share of the examples at sigma 1
+SIGMA_CENTER, SIGMA_SPREAD = 0.8, 1.1  # of the logistic normal that the others' sigma comes from, before the shift
+
+See = Callable[[Scene], Tensor | None]
+"""Hidden states of a picture of a scene, `[tokens, width]`; None for scenes that are read instead."""
+Shown = tuple[Tensor, list[Tensor]]
+"""What `predict_and_show` answers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Noisy:
+    """A batch of one size: `latents` and `noise` `[n, 16, height, width]`, mixed at `sigma` `[n]`, and the prompts'
+    hidden states `[n, tokens, width]`, of which those are filling that are not `said` (bool `[n, tokens]`)."""
+
+    examples: list[Example]
+    latents: Tensor
+    noise: Tensor
+    sigma: Tensor
+    states: Tensor
+    said: Tensor
+
+    @property
+    def blended(self) -> bool:
+        """Whether the prompts are blended with references."""
+        return any(example.kind == "blend" for example in self.examples)
+
+    @property
+    def flow(self) -> Tensor:
+        """What the DiT is to answer, x0 minus noise."""
+        return self.latents - self.noise
+
+    @property
+    def mixed(self) -> Tensor:
+        """The latents under their noise."""
+        spread = self.sigma[:, None, None, None]
+        return (1 - spread) * self.latents + spread * self.noise
+
+
+class NoisyBatches:
+    """Draws batches; those of a step are always the same.
+
+    Half of the references of blends are what `see` makes of their pictures, the others their words.
+    """
+
+    def __init__(
+        self, learnt: Learnt, batches: TextBatches, see: Vision, latents: Path, device: torch.device, *, seed: int
+    ) -> None:
+        self._learnt = learnt
+        self._batches = batches
+        self._pools = Pools(learnt.vae, latents)
+        self._device = device
+        self._seed = seed
+
+        @cache
+        def seen(reference: Scene) -> Tensor:
+            return see.states(render(reference, width=256, height=256)).bfloat16()
+
+        self._seen = seen
+
+    @torch.no_grad()
+    def of_step(self, step: int) -> Noisy:
+        """The batch of a step. Prompts run in the precision of the autocast around the call."""
+        rng = random.Random(self._seed + step)
+        size = _random_size(rng)
+        blended = rng.random() < BLENDED_SHARE.get(size, 0.0)
+        count = IMAGES.get(size, IMAGES_OTHERS)
+        rows, examples, latents = _batch(self._pools, self._batches, rng, size, count, blended=blended)
+        states, said = _read(
+            self._learnt,
+            self._batches,
+            rows,
+            examples,
+            lambda reference: self._seen(reference) if rng.random() < SEEN else None,
+        )
+        sigma = _sigmas(rng, count)
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(step))
+        return Noisy(
+            examples=examples,
+            latents=latents.to(self._device),
+            noise=noise.to(self._device),
+            sigma=sigma.to(self._device),
+            states=states,
+            said=said,
+        )
+
+    @torch.no_grad()
+    def nothing(self) -> tuple[Tensor, Tensor]:
+        """The states of the empty prompt and what of them is said, as a batch of one."""
+        return _read(self._learnt, self._batches, [self._batches.prompt_ids("")], [], lambda _: None)
+
+
+class Draw:
+    """`predict_and_show` of a batch, compiled where there is a compiler: nearly twice as fast for most batches."""
+
+    @cached_property
+    def _quick(self) -> Callable[..., Shown]:
+        compiled: Any = torch.compile(predict_and_show, dynamic=False) if shutil.which("c++") else predict_and_show
+        return compiled  # type: ignore[no-any-return]
+
+    def __call__(self, dit: ZImageTransformer2DModel, noisy: Noisy, states: Tensor, said: Tensor) -> Shown:
+        """The DiT's output and tokens for the mixed latents, told `states`."""
+        height, width = noisy.latents.shape[2:]
+        often = (8 * width, 8 * height) in IMAGES and states.shape[1] <= 2 * MULTIPLE
+        forward = self._quick if often else predict_and_show
+        return forward(dit, noisy.mixed, 1 - noisy.sigma, states, said)
+
+
+def _random_size(rng: random.Random) -> tuple[int, int]:
+    kind = rng.random()
+    if kind < SMALLEST:
+        return SIZES[0]
+    return SIZES[1] if kind < LARGER else rng.choice(SIZES[2:])
+
+
+def _batch(
+    pools: Pools, batches: TextBatches, rng: random.Random, size: tuple[int, int], count: int, *, blended: bool
+) -> tuple[list[list[int]], list[Example], Tensor]:
+    """Prompts as tokens, their examples and the latents: prompts that fill up to one length, so that little is filled.
+
+    Of twice or more as many drawn examples those are kept that fill up as the first one does.
+    """
+    rows: list[list[int]] = []
+    chosen: list[tuple[Example, Tensor]] = []
+    while len(chosen) < count:
+        examples, latents = pools.take(rng, size, 2 * count, blended=blended)
+        for example, latent in zip(examples, latents, strict=True):
+            row = batches.prompt_ids(example.prompt(rng))
+            if blended or not rows or _filled(len(row)) == _filled(len(rows[0])):
+                rows.append(row)
+                chosen.append((example, latent))
+    kept = chosen[:count]
+    return rows[:count], [example for example, _ in kept], torch.stack([latent for _, latent in kept])
+
+
+def _filled(length: int) -> int:
+    return length + -length % MULTIPLE
+
+
+def _read(
+    learnt: Learnt, batches: TextBatches, rows: list[list[int]], examples: Sequence[Example], see: See
+) -> tuple[Tensor, Tensor]:
+    """Hidden states of the prompts `[n, tokens, width]` and which of them are said.
+
+    A reference is what `see` answers for it, or else its words.
+    """
+    references, tokens, said = token_rows(batches, rows, examples)
+    # hidden state -2 without the head, which would be most of the work
+    model: Any = learnt.text.model
+    states = model(tokens.to(model.device), use_cache=False, output_hidden_states=True).hidden_states[HIDDEN_LAYER]
+    pulled_to = []
+    for example, read in zip(examples, reference_states(states, rows, references), strict=False):
+        seen = see(example.reference) if example.reference else None
+        pulled_to.append(read if seen is None else seen)
+    return blended_states(states, rows, pulled_to, examples), said[: len(rows)].to(states.device)
+
+
+def _sigmas(rng: random.Random, count: int) -> Tensor:
+    values = []
+    for _ in range(count):
+        base = torch.sigmoid(torch.tensor(rng.gauss(SIGMA_CENTER, SIGMA_SPREAD))).item()
+        values.append(1.0 if rng.random() < PURE_NOISE else SHIFT * base / (1 + (SHIFT - 1) * base))
+    return torch.tensor(values)
