@@ -52,6 +52,7 @@ bench: install-test ## measure, and write down what came out
 lock: ## choose the newest versions anew and write the lock files (needs uv)
 	$(PYTHON) scripts/lock.py
 
-clean: ## remove .venv, caches and what builds left behind
-	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info
+clean: ## remove .venv, caches and what builds left behind; a training of the demo model stays
+	test ! -d build || find build -mindepth 1 -maxdepth 1 ! -name demo-model -exec rm -rf {} +
+	rm -rf .venv dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info
 	find . -path ./.git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
