@@ -31,7 +31,9 @@ Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS), *Text.__me
 
 
 def _kind(value: Any) -> str | None:
-    return "(one)"  # no name that a field could have, as it stands among those in an error if isinstance(value, str) else "(many)" if isinstance(value, list) else None
+    if isinstance(value, str):
+        return "(one)"  # no name that a field could have, as it stands among those in an error
+    return "(many)" if isinstance(value, list) else None
 
 
 class TextPart(RequestModel):
