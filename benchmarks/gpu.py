@@ -19,12 +19,13 @@ import numpy as np
 import torch
 import transformers
 
+from benchmarks.baseline import PNG_LEVEL
 from benchmarks.gpu_encoder import measure_encoder
 from benchmarks.gpu_models import PUBLISHED, TINY, Size, make_models, numbers_of
 from benchmarks.gpu_options import ALL, LORA, OPTIONS, Option, built
 from benchmarks.gpu_report import BASELINE, Report
 from benchmarks.gpu_run import NO_TIME, STEPS, Run, allocated_bytes, forget, free, peak_operations, told
-from benchmarks.studio import PNG_LEVEL, Script, Studio, Wanted, engine_of, pixels_of
+from benchmarks.studio import Script, Studio, Wanted, engine_of, pixels_of
 from services.diffusion.model import ZImageModel
 from services.diffusion.order import Limits
 from services.diffusion.settings import DiffusionSettings

@@ -16,6 +16,7 @@ import torch
 from diffusers import ZImagePipeline
 from PIL import Image
 
+from benchmarks.baseline import PNG_LEVEL
 from services.diffusion.engine import DiffusionEngine
 from services.diffusion.jobs import Picture, PictureRequest
 from services.diffusion.loading import limits_of, load_zimage
@@ -26,7 +27,6 @@ from shared.schemas.diffusion import DiffusionParameters
 from shared.tensors import to_chunks
 from shared.wire import parse_header
 
-PNG_LEVEL = 1  # of both, as the level decides the time
 MANY = 1_000  # pictures that may wait
 READY_S = 0.01
 SHORTEST, LENGTHS = 12, 20  # tokens of the texts: within one length that is padded alike
