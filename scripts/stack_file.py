@@ -30,8 +30,10 @@ HEAD = """\
 # ENCODER_ROLE, DIFFUSION_ROLE, ... for another label than the default; ZIMAGE_TEXT_ENCODER_DEVICE, ZIMAGE_DIT_DEVICE,
 # ZIMAGE_VAE_DEVICE; with vision VL_MODEL_PATH, VL_REPLICAS=2 and ZIMAGE_VL_URLS=http://tasks.vl:7863; with LoRAs that
 # requests may name LORA_PATH and ZIMAGE_LORA_DIR=/models/loras; ZIMAGE_PORT, ZIMAGE_TAG, ZIMAGE_PROFILE,
-# ZIMAGE_REWRITER_BACKEND, ZIMAGE_REDIS_URL, REDIS_MAXMEMORY; and a ZIMAGE_CONFIG_VERSION to count up when the
-# configuration file that ZIMAGE_CONFIG names has changed. All other settings belong into that file.
+# ZIMAGE_REWRITER_BACKEND, ZIMAGE_REDIS_URL, REDIS_MAXMEMORY; DIFFUSION_PER_MACHINE (1), as two would share a GPU;
+# ZIMAGE_API_KEY and ZIMAGE_REWRITER_API_KEY for the servers that an API encoder or rewriter asks; and a
+# ZIMAGE_CONFIG_VERSION to count up when the configuration file that ZIMAGE_CONFIG names has changed. All other settings
+# belong into that file.
 """
 
 SECRET = "zimage_service_token"  # noqa: S105 - its name
@@ -39,6 +41,7 @@ LEFT_OUT = ("build", "depends_on", "env_file", "restart", "security_opt", "tmpfs
 REPLICAS = {"redis": 1, "gateway": 2, "encoder": 2, "rewriter": 2, "vl": 0, "diffusion": 1}
 ROLES = {"gateway": "cpu", "encoder": "cpu", "rewriter": "cpu", "vl": "cpu", "diffusion": "gpu"}
 PORTS = {"encoder": 7861, "rewriter": 7862, "vl": 7863, "diffusion": 7864}
+API_KEYS = {"gateway": ("ZIMAGE_API_KEY",), "rewriter": ("ZIMAGE_API_KEY", "ZIMAGE_REWRITER_API_KEY")}
 CONFIG = "/etc/zimage/config.toml"
 
 
@@ -116,6 +119,8 @@ def _environment(name: str, told: dict[str, Any]) -> dict[str, Any]:
         environment["ZIMAGE_VL_MODEL_PATH"] = "${VL_MODEL_PATH:-}"
     if name == "diffusion":
         environment["ZIMAGE_LORA_DIR"] = "${ZIMAGE_LORA_DIR:-}"
+    for variable in API_KEYS.get(name, ()):
+        environment[variable] = f"${{{variable}:-}}"
     return environment
 
 
@@ -125,10 +130,13 @@ def _deploy(name: str) -> dict[str, Any]:
     count = REPLICAS[name]
     order = "start-first" if name == "gateway" else "stop-first"  # two models seldom fit into a machine
     change = {"parallelism": 1, "order": order, "failure_action": "rollback", "monitor": "30s"}
+    placement: dict[str, Any] = {"constraints": [f"node.labels.{label}"]}
+    if name == "diffusion":  # a second one would share the GPU of the first
+        placement["max_replicas_per_node"] = "${DIFFUSION_PER_MACHINE:-1}"
     return {
         "replicas": count if name == "redis" else f"${{{name.upper()}_REPLICAS:-{count}}}",
         "endpoint_mode": "vip" if name == "gateway" else "dnsrr",
-        "placement": {"constraints": [f"node.labels.{label}"]},
+        "placement": placement,
         "update_config": change,
         "rollback_config": {"parallelism": 1, "order": order},
         "restart_policy": {"condition": "any", "delay": "2s"},

@@ -35,7 +35,7 @@ def load_language_model(checkpoint: Path) -> LanguageModel:
 
 def prompt_ids(language: LanguageModel, prompt: str) -> list[int]:
     """The tokens of a conversation with this prompt."""
-    return language.prompt([Message("user", prompt)])
+    return language.prompt([Message("user", prompt)]).ids
 
 
 def generate(language: LanguageModel, ids: list[int], count: int) -> list[int]:

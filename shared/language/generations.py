@@ -16,6 +16,7 @@ from shared.language.model import LanguageModel
 from shared.language.options import Ending, FinishReason, Message, Sampling, Wanted
 from shared.language.sampling import BROKEN
 from shared.language.text import TextStream
+from shared.language.thinking import OPEN
 from shared.tensors import DEVICE_ERROR
 
 QUICK_CHARS = 2_000  # conversations up to this are tokenized in the event loop: quicker than a thread could be asked
@@ -47,10 +48,11 @@ class Assignment:
 class Generation(TextJob[Ending]):
     """A text in the making, whose result is how it ended."""
 
-    def __init__(self, wanted: Wanted, text: TextStream) -> None:
+    def __init__(self, wanted: Wanted, text: TextStream, *, opens_thinking: bool) -> None:
         super().__init__()
         self.row = Row(wanted)
         self.text = text
+        self.opens_thinking = opens_thinking
 
 
 class Generations:
@@ -83,7 +85,8 @@ class Generations:
         return len(self._running)
 
     async def write(self, language: LanguageModel, assignment: Assignment) -> AsyncGenerator[str | Ending]:
-        """The text as it comes, then how it ended. Whoever leaves the generator early ends the text at the next token.
+        """The text as it comes, then how it ended; a think block that the template has opened begins it. Whoever leaves
+        the generator early ends the text at the next token.
 
         Raises InvalidField, QueueFull, Unready before the first piece, and NumericalError or OutOfMemory at any.
         """
@@ -97,6 +100,8 @@ class Generations:
                     raise QueueFull(f"{waiting} texts wait to be written already; try again soon.", retry_after_s=5)
                 self._waiting.append(generation)
             self._wake()
+            if generation.opens_thinking:
+                yield f"{OPEN}\n"
             async for piece in generation.pieces():
                 yield piece
         finally:
@@ -135,18 +140,18 @@ class Generations:
 
     async def _generation(self, language: LanguageModel, assignment: Assignment) -> Generation:
         if sum(len(message.content) for message in assignment.messages) <= QUICK_CHARS:
-            ids = language.prompt(assignment.messages, enable_thinking=assignment.enable_thinking)
+            prompt = language.prompt(assignment.messages, enable_thinking=assignment.enable_thinking)
         else:
-            ids = await asyncio.to_thread(
+            prompt = await asyncio.to_thread(
                 language.prompt, assignment.messages, enable_thinking=assignment.enable_thinking
             )
         wanted = Wanted(
-            ids=ids,
-            max_tokens=self._max_tokens(language, assignment, len(ids)),
+            ids=prompt.ids,
+            max_tokens=self._max_tokens(language, assignment, len(prompt.ids)),
             sampling=assignment.sampling,
             stop=assignment.stop,
         )
-        return Generation(wanted, language.text_stream(assignment.stop))
+        return Generation(wanted, language.text_stream(assignment.stop), opens_thinking=prompt.opens_thinking)
 
     def _max_tokens(self, language: LanguageModel, assignment: Assignment, read: int) -> int:
         most = min(language.facts.context, self.limits.max_cache_tokens)

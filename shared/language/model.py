@@ -13,8 +13,9 @@ from shared.chat import IM_END
 from shared.checkpoint import UnusableModel, read_json, require_weights
 from shared.errors import InvalidField, Unready
 from shared.language.batch import Batch
-from shared.language.options import Message
+from shared.language.options import Message, Prompt
 from shared.language.text import TextStream
+from shared.language.thinking import OPEN
 
 _ENDS = (IM_END, "<|endoftext|>")
 """Tokens after which Qwen3 says no more, whatever its generation config names beside them."""
@@ -48,8 +49,8 @@ class LanguageModel:
             fingerprint,
         )
 
-    def prompt(self, messages: Sequence[Message], *, enable_thinking: bool | None = None) -> list[int]:
-        """The tokens of a conversation in the tokenizer's chat format, the assistant's turn opened. Safe in any thread.
+    def prompt(self, messages: Sequence[Message], *, enable_thinking: bool | None = None) -> Prompt:
+        """A conversation in the tokenizer's chat format, the assistant's turn opened. Safe in any thread.
 
         `enable_thinking` None leaves it to the template. Raises InvalidField, and Unready where there is no template.
         """
@@ -62,8 +63,8 @@ class LanguageModel:
             )
         except TemplateError:
             raise InvalidField("'messages' do not fit the model's chat template.") from None
-        ids: list[int] = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        ids = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        return Prompt(ids, opens_thinking=text.rstrip().endswith(OPEN))
 
     def text_stream(self, stop: Sequence[str]) -> TextStream:
         """Turns the tokens of one text into characters."""

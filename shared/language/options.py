@@ -3,7 +3,7 @@
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 FinishReason = Literal["stop", "length"]
 """`stop`: the model ended its turn or a stop string came; `length`: `max_tokens` were written."""
@@ -15,6 +15,14 @@ class Message:
 
     role: str
     content: str
+
+
+class Prompt(NamedTuple):
+    """A conversation's tokens, and whether its template has opened a think block, which the answer then goes on with
+    and does not open itself."""
+
+    ids: list[int]
+    opens_thinking: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

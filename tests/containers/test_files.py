@@ -1,10 +1,13 @@
 """The Compose files and the stack file as Docker reads them, without starting anything."""
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 from docker_engine import SERVICES, docker, refusal
+from servers import ROOT
 
 GPU_FILES, CPU_FILES = ("compose.yaml",), ("compose.yaml", "compose.cpu.yaml")
 NODE_FILES, STACK_FILE = ("deploy/compose.encoder.yaml",), "deploy/stack.yaml"
@@ -48,6 +51,17 @@ def test_each_model_has_its_own_gpu() -> None:
     assert {service["build"]["args"]["TORCH_BUILD"] for name, service in services.items() if name != "redis"} == {
         "cuda"
     }
+
+
+def test_the_overrides_of_the_readme_do_what_they_say(tmp_path: Path) -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    told = []
+    for index, block in enumerate(blocks):
+        file = tmp_path / f"compose.{index}.yaml"
+        file.write_text(block, encoding="utf-8")
+        services = read(*GPU_FILES, str(file), **MODELS)
+        told.append({name: gpus(service) for name, service in services.items() if gpus(service)})
+    assert told == [{"diffusion": ["0"]}, {"encoder": ["0"], "diffusion": ["0"], "vl": ["1"]}]
 
 
 def test_without_a_gpu_none_is_asked_for() -> None:

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from docker_engine import SERVICES, docker
+from docker_engine import BUILD_S, SERVICES, docker
 from servers import ROOT
 
 pytestmark = pytest.mark.slow
@@ -81,6 +81,23 @@ def test_the_torch_layer_is_shared(images: dict[str, str]) -> None:
 
     ours = layers("encoder")[:-1]  # all but the code
     assert layers("vl")[: len(ours)] == layers("diffusion")[: len(ours)] == layers("rewriter")[: len(ours)] == ours
+
+
+def test_extras_are_built_in_where_they_are_asked_for(images: dict[str, str]) -> None:
+    assert images
+    name = "zimage-encoder:with-extras"
+    arguments = [part for one in ("TORCH_BUILD=cpu", "EXTRAS=quantization") for part in ("--build-arg", one)]
+    try:
+        docker(
+            "build",
+            *("--file", "services/Dockerfile", "--target", "encoder", "--tag", name),
+            *arguments,
+            str(ROOT),
+            timeout_s=BUILD_S,
+        )
+        assert inside(name, "python", "-c", "import torchao; print(torchao.__name__)") == "torchao"
+    finally:
+        docker("image", "rm", "--force", name, check=False)
 
 
 def test_a_service_that_cannot_start_says_why(images: dict[str, str]) -> None:

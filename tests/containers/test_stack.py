@@ -90,6 +90,7 @@ def stack(swarm: None, settings: dict[str, str]) -> Iterator[Stack]:
         **ON_ONE_MACHINE,
         **{f"{service.upper()}_REPLICAS": str(REPLICAS) for service in SERVICES},
         **dict.fromkeys(("ZIMAGE_TEXT_ENCODER_DEVICE", "ZIMAGE_DIT_DEVICE", "ZIMAGE_VAE_DEVICE"), "cpu"),
+        "DIFFUSION_PER_MACHINE": str(REPLICAS),
         "ZIMAGE_VL_URLS": "http://tasks.vl:7863",
         "ZIMAGE_PORT": str(free_port()),
     }

@@ -133,6 +133,19 @@ async def test_a_text_ends_with_the_models_turn(language: LanguageModel, gate: G
         assert generations.busy is False
 
 
+async def test_a_think_block_that_the_template_opens_is_told(
+    language: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else all of a text that is cut off while the model still thinks would count as its answer."""
+    tokenizer = language._tokenizer
+    monkeypatch.setattr(tokenizer, "chat_template", f"{tokenizer.chat_template}{{{{ '<think>\n' }}}}")
+    async with running(language) as generations:
+        text, ending = await whole(generations, language, assignment())
+    assert text.startswith("<think>\n")
+    assert "<think>" not in text.removeprefix("<think>\n")
+    assert ending.reason == "length"
+
+
 async def test_a_stop_string_ends_it(language: LanguageModel) -> None:
     async with running(language) as generations:
         sampling = Sampling(seed=4)

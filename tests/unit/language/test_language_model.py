@@ -78,7 +78,7 @@ def test_conversations_are_formatted_by_the_tokenizers_template(loaded: Language
     messages = [Message("system", "Be brief."), Message("user", "两只猫")]
 
     def text(**options: Any) -> str:
-        formatted: str = tokenizer.decode(loaded.prompt(messages, **options))
+        formatted: str = tokenizer.decode(loaded.prompt(messages, **options).ids)
         return formatted
 
     plain = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n两只猫<|im_end|>\n<|im_start|>assistant\n"

@@ -55,7 +55,7 @@ async def test_greedy_text_is_what_generate_writes(client: httpx2.AsyncClient, l
     together = [answer.json() for answer in await asyncio.gather(*(client.post(URL, json=body) for body in bodies))]
     assert together == [{**answer, "seed": again["seed"]} for answer, again in zip(alone, together, strict=True)]
     for prompt, answer in zip(PROMPTS, alone, strict=True):
-        ids = language.prompt([Message("system", SYSTEM), Message("user", prompt)])
+        ids = language.prompt([Message("system", SYSTEM), Message("user", prompt)]).ids
         tokens = generate(language, ids, 24)
         text = language._tokenizer.decode(tokens, skip_special_tokens=True).rstrip("\N{REPLACEMENT CHARACTER}")
         assert "think>" not in text, "choose other prompts: this one tests the parser too"
