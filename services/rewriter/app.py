@@ -84,15 +84,18 @@ def _local(
 
 def _api(settings: RewriterSettings) -> BackEnd:
     upstream, ours = settings.upstream, settings.back_end is BackEndKind.ENCODER
-    service = ServiceClient(
-        "encoder" if ours else "rewriter API",
-        upstream.url,
-        max_reply_bytes=MAX_ANSWER_BYTES,
-        headers={"authorization": f"Bearer {upstream.key.get_secret_value()}"} if upstream.key else None,
-        foreign=not ours,
-    )
+    services = [
+        ServiceClient(
+            "encoder" if ours else "rewriter API",
+            url,
+            max_reply_bytes=MAX_ANSWER_BYTES,
+            headers={"authorization": f"Bearer {upstream.key.get_secret_value()}"} if upstream.key else None,
+            foreign=not ours,
+        )
+        for url in upstream.urls
+    ]
     return ApiBackEnd(
-        service,
+        services,
         name="local" if ours else "api",
         model=settings.rewriter_api_model,
         timeout_s=settings.rewriter_api_timeout_s,

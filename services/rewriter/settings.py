@@ -23,9 +23,9 @@ class BackEndKind(StrEnum):
 
 
 class Upstream(NamedTuple):
-    """A server that speaks OpenAI's protocol; `url` has no `/v1` at its end."""
+    """Servers that speak OpenAI's protocol, one or several alike; the URLs have no `/v1` at their end."""
 
-    url: str
+    urls: tuple[str, ...]
     key: SecretStr | None
 
 
@@ -103,14 +103,14 @@ class RewriterSettings(ModelSettings, UpstreamSettings, WritingSettings):
 
     @property
     def upstream(self) -> Upstream:
-        """The server behind the back ends `encoder` (of several encoders the first) and `api`.
+        """The servers behind the back ends `encoder` and `api`.
 
         The key of --api-url goes to no other server, nor does the services' token. Raises InvalidSettings.
         """
         if self.back_end is BackEndKind.ENCODER:
-            return Upstream(without_version(self.encoders[0]), SecretStr(self.token) if self.token else None)
+            return Upstream(tuple(map(without_version, self.encoders)), SecretStr(self.token) if self.token else None)
         key = self.rewriter_api_key or (self.api_key if self.rewriter_api_url is None else None)
-        return Upstream(without_version(str(self.rewriter_api_url or self.api_url)), key)
+        return Upstream((without_version(str(self.rewriter_api_url or self.api_url)),), key)
 
     @model_validator(mode="after")
     def _an_api_has_a_url(self) -> Self:

@@ -52,16 +52,19 @@ def chunk(reason: str | None = None, **delta: Any) -> dict[str, Any]:
     return {"choices": [{"index": 0, "delta": delta, "finish_reason": reason}]}
 
 
-def back_end(answer: Answer, name: Literal["local", "api"] = "api") -> ApiBackEnd:
-    service = ServiceClient(
-        "rewriter API",
-        "http://other",
-        max_reply_bytes=100_000,
-        headers={"authorization": "Bearer the-key"},
-        transport=httpx2.MockTransport(answer),
-        foreign=name == "api",
-    )
-    return ApiBackEnd(service, name=name, model="Qwen3-4B", timeout_s=5)
+def back_end(*answers: Answer, name: Literal["local", "api"] = "api") -> ApiBackEnd:
+    services = [
+        ServiceClient(
+            "rewriter API",
+            "http://other",
+            max_reply_bytes=100_000,
+            headers={"authorization": "Bearer the-key"},
+            transport=httpx2.MockTransport(answer),
+            foreign=name == "api",
+        )
+        for answer in answers
+    ]
+    return ApiBackEnd(services, name=name, model="Qwen3-4B", timeout_s=5)
 
 
 def writing(*, follow: bool = False, seed: int | None = None, **sampling: Any) -> Writing:
@@ -191,7 +194,7 @@ async def test_an_error_within_a_stream() -> None:
         await written(back_end(answer), writing(follow=True))
     assert THEIRS not in failed.value.detail
     with pytest.raises(QueueFull, match="own words"):  # of our encoder the sentence is ours
-        await written(back_end(answer, "local"), writing(follow=True))
+        await written(back_end(answer, name="local"), writing(follow=True))
 
 
 @pytest.mark.parametrize("follow", [True, False])
@@ -210,6 +213,41 @@ async def test_a_server_that_is_not_there(error: Exception, raised: type[Service
     with pytest.raises(raised) as failed:
         await written(back_end(answer), writing(follow=follow))
     assert "key" not in failed.value.detail
+
+
+def gone(_: httpx2.Request) -> httpx2.Response:
+    raise httpx2.ConnectError("no one there")
+
+
+full = respond(429, b'{"code": "queue_full", "detail": "8 texts wait."}', JSON)
+
+
+@pytest.mark.parametrize("follow", [True, False])
+async def test_another_server_writes_where_one_cannot(*, follow: bool) -> None:
+    works = stream(chunk(content="A cat."), chunk("stop")) if follow else completion(content="A cat.")
+    async with back_end(gone, works, full, name="local") as end:
+        for _ in range(3):
+            pieces = [piece async for piece in end.write(writing(follow=follow))]
+            assert "".join(piece.text for piece in pieces) == "A cat."
+    with pytest.raises(QueueFull):
+        await written(back_end(full, full, name="local"), writing(follow=follow))
+
+
+async def test_servers_are_asked_in_turns() -> None:
+    async with back_end(*(completion(content=name) for name in "abc")) as end:
+        said = [piece.text for _ in range(6) async for piece in end.write(writing())]
+    assert sorted(said[:3]) == ["a", "b", "c"]
+    assert said[3:] == said[:3]
+
+
+async def test_no_other_server_goes_on_with_what_one_has_begun() -> None:
+    breaks = stream(chunk(content="A "), {"error": {"message": "Full.", "code": "queue_full"}})
+    said: list[str] = []
+    async with back_end(breaks, breaks, name="local") as end:
+        with pytest.raises(QueueFull):
+            async for piece in end.write(writing(follow=True)):
+                said.append(piece.text)  # noqa: PERF401 - it raises
+    assert said == ["A "]
 
 
 @pytest.mark.parametrize("follow", [True, False])

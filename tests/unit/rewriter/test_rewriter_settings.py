@@ -46,13 +46,14 @@ def test_a_model_of_its_own_needs_no_model_directory(tmp_path: Any) -> None:
 )
 def test_the_key_of_one_server_goes_to_no_other(fields: dict[str, Any], url: str, key: str | None) -> None:
     upstream = settings(rewriter_use_api=True, **fields).upstream
-    assert upstream.url == url
+    assert upstream.urls == (url,)
     assert (upstream.key.get_secret_value() if upstream.key else None) == key
 
 
-def test_the_encoder_gets_no_key() -> None:
-    upstream = settings(rewriter_backend="encoder", encoder_urls="http://encoder:1/", api_key="a").upstream
-    assert upstream == ("http://encoder:1", None)
+def test_encoders_get_no_key() -> None:
+    urls = "http://encoder:1/,http://other:2"
+    upstream = settings(rewriter_backend="encoder", encoder_urls=urls, api_key="a").upstream
+    assert upstream == (("http://encoder:1", "http://other:2"), None)
 
 
 def test_an_api_needs_a_url(monkeypatch: pytest.MonkeyPatch) -> None:
