@@ -1,6 +1,6 @@
 """Loads DiT and VAE of a Z-Image directory and makes of them what the options ask for. Knows no request."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -20,12 +20,13 @@ from services.diffusion.optimization import (
     REHEARSAL_TOKENS,
     cache_blocks,
     compile_blocks,
+    flags_to_try,
     offload,
     prepare_vae,
     quantize_blocks,
     rehearsals,
     set_attention,
-    try_compiled,
+    try_options,
 )
 from services.diffusion.option_settings import Attention
 from services.diffusion.order import Limits
@@ -77,8 +78,8 @@ def load_zimage(settings: DiffusionSettings) -> ZImageModel:
 def assemble(
     transformer: Any, vae: Any, scheduler_config: Mapping[str, Any], settings: DiffusionSettings
 ) -> ZImageModel:
-    """A model of these parts, which are put where the settings have them and made what the options ask for; with
-    --compile it draws first what is to be compiled. Raises UnusableModel."""
+    """A model of these parts, which are put where the settings have them and made what the options ask for. It draws
+    first with options that may not work here or are to be compiled. Raises UnusableModel."""
     device, vae_device = pick_device(settings.dit_device), pick_device(settings.vae_device)
     vae.to(vae_device)
     prepare_vae(vae, settings)
@@ -106,8 +107,9 @@ def assemble(
     room = settings.diffusion_memory_bytes or model.capacity_bytes
     if room is not None:
         model.footprint.tile_within(room)
-    if settings.compile:
-        try_compiled(lambda: _rehearse(model, settings))
+    flags = flags_to_try(settings)
+    if flags:
+        try_options(lambda: _rehearse(model, settings, flags), flags)
     return model
 
 
@@ -119,7 +121,7 @@ def _fingerprint(root: Path, settings: DiffusionSettings, dtype: str) -> str:
     return fingerprint_of([root / part for part in settings.parts], options)
 
 
-def _rehearse(model: ZImageModel, settings: DiffusionSettings) -> None:
+def _rehearse(model: ZImageModel, settings: DiffusionSettings, flags: Sequence[str]) -> None:
     for rehearsal in rehearsals(settings, limits_of(settings).batch_of):
         size = f"{rehearsal.parameters.width}x{rehearsal.parameters.height}"
         try:
@@ -130,9 +132,10 @@ def _rehearse(model: ZImageModel, settings: DiffusionSettings) -> None:
                 pictures=rehearsal.pictures,
             )
         except OutOfMemory:
+            hint = "leave that size out of optimization.compile_sizes, or " if settings.compile else "leave out "
             raise UnusableModel(
-                f"the device has too little free memory to compile for {rehearsal.pictures} pictures of {size}: leave "
-                "that size out of optimization.compile_sizes, or --compile"
+                f"the device has too little free memory to try {' with '.join(flags)} on {rehearsal.pictures} pictures "
+                f"of {size}: {hint}{flags[-1]}"
             ) from None
 
 

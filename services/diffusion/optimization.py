@@ -20,6 +20,7 @@ from services.diffusion.kernels import Kernels, wanted_kernels
 from services.diffusion.option_settings import OffloadMode, OptionSettings, parse_size
 from services.diffusion.shapes import Shape, shape_of
 from shared.checkpoint import UnusableModel
+from shared.errors import ServiceError
 from shared.schemas.diffusion import DiffusionParameters
 from shared.schemas.fields import LongPromptMode
 from shared.settings import Quantization
@@ -160,31 +161,57 @@ class Rehearsal:
 
 
 def rehearsals(settings: OptionSettings, batch_of: Callable[[Shape], int]) -> Sequence[Rehearsal]:
-    """What is drawn at the start: a small picture and those of each size that is configured, by two as well where as
-    many of that shape may be drawn together (`batch_of`); then one with guidance, which needs masks."""
+    """What is drawn at the start: a small picture and, where they are compiled, those of each size that is configured,
+    by two as well where as many of that shape may be drawn together (`batch_of`); then one with guidance, which needs
+    masks."""
     small = _rehearsal(*REHEARSAL_SIZE)
+    sizes = settings.compile_sizes if settings.compile else []
     guided = small.model_copy(update={"guidance_scale": 1.0})
     drawn: list[Rehearsal] = []
-    for parameters in (small, *(_rehearsal(*parse_size(size)) for size in settings.compile_sizes)):
+    for parameters in (small, *(_rehearsal(*parse_size(size)) for size in sizes)):
         shape = shape_of(parameters, text=REHEARSAL_TOKENS, negative=None, loras=())
         counts = range(1, min(2, batch_of(shape)) + 1)
         drawn += [Rehearsal(parameters=parameters, pictures=count) for count in counts]
     return [*drawn, Rehearsal(parameters=guided, negative_tokens=REHEARSAL_NEGATIVE_TOKENS)]
 
 
-def try_compiled(draw: Callable[[], object]) -> None:
-    """Compiles by drawing, so that no request has to wait for it. Raises UnusableModel when that fails."""
-    from torch._dynamo.exc import TorchDynamoException
+def flags_to_try(settings: OptionSettings) -> Sequence[str]:
+    """The options that were set and whose kernels tell only by computing whether this machine can run them."""
+    kernels = wanted_kernels(settings)
+    flags = [] if kernels is None else [kernels[1]]
+    if settings.quantization is not Quantization.NONE:
+        flags.append(f"--quantization {settings.quantization}")
+    return [*flags, "--compile"] if settings.compile else flags
 
-    log.info("compiling the DiT, which may take minutes")
+
+def try_options(draw: Callable[[], object], flags: Sequence[str]) -> None:
+    """Draws with options, so that no request has to wait for what they compile, nor fail where they do not work.
+
+    Raises UnusableModel, and ServiceErrors as they are.
+    """
+    log.info("trying the options", flags=flags)
     try:
         draw()
-    except TorchDynamoException as error:
-        log.warning("torch.compile failed", cause=repr(error)[:CAUSE_CHARACTERS])
+    except (UnusableModel, ServiceError):
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever a kernel raises: it is told, with the option that brought it
+        log.warning("the options do not work", flags=flags, cause=repr(error)[:CAUSE_CHARACTERS])
+        hint = "leave it out" if len(flags) == 1 else "leave one of them out"
+        if flags[-1] == "--compile" and _is_the_compilers(error):
+            flags, hint = (
+                flags[-1:],
+                "install a C++ compiler and Python's headers (`apt install g++ python3-dev`) or " + hint,
+            )
+        does = "does" if len(flags) == 1 else "do"
         raise UnusableModel(
-            "--compile does not work on this machine, the log has the cause: install a C++ compiler and Python's "
-            "headers (`apt install g++ python3-dev`) or leave --compile out"
+            f"{' with '.join(flags)} {does} not work on this machine, the log has the cause: {hint}"
         ) from None
+
+
+def _is_the_compilers(error: Exception) -> bool:
+    from torch._dynamo.exc import TorchDynamoException  # a second's work
+
+    return isinstance(error, TorchDynamoException)
 
 
 def _check_device(transformer: Any, device: torch.device, capability: tuple[int, int], flag: str) -> None:

@@ -99,6 +99,38 @@ class TestFlashAttention:
         assert abs(picture - expected).max() <= (0 if negative == 20 or not guidance else 8)
 
 
+@pytest.mark.usefixtures("restored_backend")
+class TestTryingOptions:
+    """Kernels that are there may still not run; that is found at the start."""
+
+    def break_attention(self, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+        def broken(*_: Any, **__: Any) -> Any:
+            raise error
+
+        kernels = attention_dispatch._AttentionBackendRegistry._backends
+        for name in kernels:
+            monkeypatch.setitem(kernels, name, broken)
+
+    def test_kernels_that_do_not_run(
+        self, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, log_entries: list[Any]
+    ) -> None:
+        self.break_attention(monkeypatch, RuntimeError("no kernel image is available"))
+        with pytest.raises(UnusableModel) as no:
+            load(tiny_checkpoint, attention="native")
+        told = "--attention native does not work on this machine, the log has the cause: leave it out"
+        assert str(no.value) == told
+        assert any("no kernel image" in entry.get("cause", "") for entry in log_entries)
+
+    def test_too_little_memory_for_them(self, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.break_attention(monkeypatch, torch.OutOfMemoryError("of the device"))
+        with pytest.raises(UnusableModel, match=r"too little free memory to try --attention native on 1 pictures of"):
+            load(tiny_checkpoint, attention="native")
+
+    def test_without_options_nothing_is_tried(self, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.break_attention(monkeypatch, RuntimeError("never called"))
+        assert load(tiny_checkpoint)
+
+
 class TestCompile:
     def test_it_needs_a_compiler(self, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("CXX", "/nowhere/g++")
@@ -329,6 +361,7 @@ def test_sizes_to_compile_for(text: str, monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(InvalidSettings, match="a size is written like 1024x768"):
         read_settings(DiffusionSettings)
     monkeypatch.setenv("ZIMAGE_COMPILE_SIZES", "512x512,1024x768")
+    monkeypatch.setenv("ZIMAGE_COMPILE", "true")
     settings = read_settings(DiffusionSettings)
     sizes = (256, 176), (512, 512), (1024, 768)
     drawn = rehearsals(settings, lambda shape: 1 if shape.pixels > 512 * 512 else 8)
