@@ -2,6 +2,7 @@
 
 import secrets
 from collections.abc import Iterator
+from ipaddress import IPv4Network
 
 import pytest
 from docker_engine import Project, docker
@@ -9,7 +10,7 @@ from servers import free_port, http_client, picture, png_size
 
 pytestmark = pytest.mark.slow
 TOKEN = secrets.token_hex(32)
-BRIDGE = "{{(index .IPAM.Config 0).Gateway}}"
+BRIDGE = "{{(index .IPAM.Config 0).Subnet}}"
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def node(settings: dict[str, str]) -> Iterator[Project]:
 @pytest.fixture(scope="module")
 def server(settings: dict[str, str], node: Project) -> Iterator[Project]:
     """Everything but an encoder."""
-    machine = docker("network", "inspect", "bridge", "--format", BRIDGE)
+    machine = next(IPv4Network(docker("network", "inspect", "bridge", "--format", BRIDGE)).hosts())
     urls = {"ZIMAGE_SERVICE_TOKEN": TOKEN, "ZIMAGE_ENCODER_URLS": f"http://{machine}:{node.port}"}
     project = Project({**settings, **urls}, free_port())
     try:
