@@ -63,9 +63,9 @@ def create_app(
     rewriter, vl = rewriter or _rewriter(settings), vl or _vl(settings)
     clients = {"encoder": encoder, "diffusion": diffusion, "rewriter": rewriter, "vl": vl}
     pools = {name: client.nodes for name, client in clients.items() if client is not None}
-    watch = Watch(pools, optional=("rewriter", "vl"))
     cache, remembering = _cache(settings), _remembering(settings, encoder)
     history = _history(settings, [one for one in (remembering, cache) if one is not None])
+    watch = Watch(pools, optional=("rewriter", "vl"), history=history)
     parts = [part for part in (*pools.values(), history, cache, remembering) if part is not None]
     engine = GatewayEngine(
         settings,

@@ -4,24 +4,31 @@ from collections.abc import Mapping, Sequence
 
 from services.gateway.node import Node, NodeState
 from services.gateway.nodes import Nodes
+from services.gateway.store import History
 from shared.schemas.public import NodeEntry, ServiceHealth
 
 
 class Watch:
-    """The services by their names.
+    """The services by their names, and Redis where there is a history.
 
     Without an `optional` service most requests can be answered. It is waited for at the start; when it goes away later
     this gateway stays ready.
     """
 
-    def __init__(self, services: Mapping[str, Nodes], *, optional: Sequence[str] = ()) -> None:
+    def __init__(
+        self, services: Mapping[str, Nodes], *, optional: Sequence[str] = (), history: History | None = None
+    ) -> None:
         self._services = services
         self._optional = optional
+        self._history = history
 
     @property
     def health(self) -> Mapping[str, ServiceHealth]:
         """Each service: ready with one of its nodes, else in the state of its first one."""
-        return {name: _health(nodes) for name, nodes in self._services.items()}
+        told = {name: _health(nodes) for name, nodes in self._services.items()}
+        if self._history is not None:
+            told["redis"] = _health_of_redis(here=self._history.is_here)
+        return told
 
     @property
     def nodes(self) -> list[NodeEntry]:
@@ -34,8 +41,9 @@ class Watch:
 
     @property
     def complete(self) -> bool:
-        """Whether every service is ready."""
-        return all(self.is_ready(name) for name in self._services)
+        """Whether every service is ready, and Redis there."""
+        is_here = self._history is None or self._history.is_here
+        return is_here and all(self.is_ready(name) for name in self._services)
 
     def unready_reason(self) -> str | None:
         """Which services are not ready without which this gateway is not, or None."""
@@ -55,6 +63,12 @@ def _health(nodes: Nodes) -> ServiceHealth:
         nodes=len(nodes.all),
         ready_nodes=len(ready),
     )
+
+
+def _health_of_redis(*, here: bool) -> ServiceHealth:
+    if here:
+        return ServiceHealth(status="ready", nodes=1, ready_nodes=1)
+    return ServiceHealth(status="unreachable", reason="pictures are made, but not kept", nodes=1)
 
 
 def _entry(service: str, node: Node, state: NodeState) -> NodeEntry:

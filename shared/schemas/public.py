@@ -202,7 +202,9 @@ class ServiceHealth(BaseModel):
 class HealthAnswer(BaseModel):
     """`GET /health`."""
 
-    status: str = Field(description="healthy when every service that is configured is ready", examples=["healthy"])
+    status: str = Field(
+        description="healthy when every service that is configured is ready and Redis there", examples=["healthy"]
+    )
     pipeline_loaded: bool
     encoder_loaded: bool
     encoder_only_mode: bool

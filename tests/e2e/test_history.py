@@ -102,11 +102,14 @@ def test_without_redis_no_picture_fails_and_history_heals(
             with away(redis):
                 wait_until(lambda: client.get("/api/history").status_code == 503, "history cannot be reached")
                 assert client.get("/health/ready").status_code == 200
+                wait_until(lambda: client.get("/health").json()["status"] == "degraded", "/health tells it")
+                assert client.get("/health").json()["services"]["redis"]["status"] == "unreachable"
                 time.sleep(AWAY_S)
             wait_until(lambda: client.get("/api/history?images=none").status_code == 200, "history answers again")
             wait_until(
                 lambda: "x-history-id" in client.post("/api/generate", json=picture()).headers, "it is kept again"
             )
+            wait_until(lambda: client.get("/health").json()["status"] == "healthy", "/health tells that, too")
         finally:
             enough.set()
         made = [answer for drawer in drawing for answer in drawer.result()]

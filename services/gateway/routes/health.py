@@ -8,12 +8,13 @@ from shared.schemas.public import HealthAnswer, NodesAnswer, ServiceHealth
 
 router = APIRouter(tags=["health"])
 
-_ABSENT = ("diffusion", "rewriter", "vl")
+_ABSENT = ("diffusion", "rewriter", "vl", "redis")
 
 
 @router.get("/health", summary="Is everything loaded?")
 async def health(services: Services) -> HealthAnswer:
-    """Always answers 200; `status` is `healthy` when every service is ready, else `starting` or `degraded`."""
+    """Always answers 200; `status` is `healthy` when every service is ready and Redis there, else `starting` or
+    `degraded`."""
     states = {state.status for state in services.health.values()}
     status = "healthy" if services.complete else "degraded" if "unreachable" in states else "starting"
     absent = {name: ServiceHealth(status="not_configured") for name in _ABSENT}
