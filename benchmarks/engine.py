@@ -37,7 +37,12 @@ async def _run(checkpoint: Path, *, quick: bool) -> Findings:
         for side in ROUNDS:
             together[side] = await _together(ours, script, side, QUICK_ROUNDS if quick else ROUNDS[side])
         levels = await _levels(ours)
-    figures = [
+    figures = [*_figures_alone(alone), *_figures_together(together), _figure_of_levels(levels)]
+    return Findings(figures, {"alone": alone, "together": {str(side): rounds for side, rounds in together.items()}})
+
+
+def _figures_alone(alone: list[dict[str, Any]]) -> list[Figure]:
+    return [
         Figure(
             benchmark=NAME,
             what="one client, 256x256: engine / pipeline, embeddings to pixels",
@@ -51,6 +56,10 @@ async def _run(checkpoint: Path, *, quick: bool) -> Findings:
             aim=0.0,
         ),
     ]
+
+
+def _figures_together(together: dict[int, list[dict[str, float]]]) -> list[Figure]:
+    figures = []
     for side, rounds in together.items():
         figures += [
             Figure(
@@ -67,16 +76,17 @@ async def _run(checkpoint: Path, *, quick: bool) -> Findings:
                 unit="/s",
             ),
         ]
-    figures.append(
-        Figure(
-            benchmark=NAME,
-            what=f"{CLIENTS} prompts together against each alone, p{PERCENTILE:g}",
-            value=levels,
-            unit="levels",
-            aim=LEVELS_AIM,
-        )
+    return figures
+
+
+def _figure_of_levels(levels: float) -> Figure:
+    return Figure(
+        benchmark=NAME,
+        what=f"{CLIENTS} prompts together against each alone, p{PERCENTILE:g}",
+        value=levels,
+        unit="levels",
+        aim=LEVELS_AIM,
     )
-    return Findings(figures, {"alone": alone, "together": {str(side): rounds for side, rounds in together.items()}})
 
 
 async def _alone(ours: Studio, script: Script, pairs: int) -> list[dict[str, Any]]:

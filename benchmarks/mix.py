@@ -68,7 +68,18 @@ async def _run(checkpoint: Path, requests: int, at_once: int) -> Findings:
         await _service_s(ours)
         taking_turns = await _play(ours, arrivals)
         taking_turns_full = await _play(ours, _arrivals(at_once, None))
-    figures = [
+    figures = _figures(queued, taking_turns, queued_full, taking_turns_full)
+    samples = {
+        "first_in_first_out": queued,
+        "in_turns": taking_turns,
+        "first_in_first_out, at once": queued_full,
+        "in_turns, at once": taking_turns_full,
+    }
+    return Findings(figures, {name: asdict(day) for name, day in samples.items()})
+
+
+def _figures(queued: Day, taking_turns: Day, queued_full: Day, taking_turns_full: Day) -> list[Figure]:
+    return [
         Figure(
             benchmark=NAME,
             what="short pictures, p95: in turns / first in, first out",
@@ -98,13 +109,6 @@ async def _run(checkpoint: Path, requests: int, at_once: int) -> Findings:
             value=percentile(taking_turns.long_s, 0.95) / percentile(queued.long_s, 0.95),
         ),
     ]
-    samples = {
-        "first_in_first_out": queued,
-        "in_turns": taking_turns,
-        "first_in_first_out, at once": queued_full,
-        "in_turns, at once": taking_turns_full,
-    }
-    return Findings(figures, {name: asdict(day) for name, day in samples.items()})
 
 
 async def _service_s(one: Studio) -> float:

@@ -32,21 +32,8 @@ def create_app(settings: EncoderSettings, *, model: TextEncoder | None = None) -
     def fail(exit_code: int) -> None:
         app.state.stop(exit_code)
 
-    engine = EncoderEngine(
-        partial(load_text_encoder, settings) if model is None else lambda: model,
-        Limits(
-            max_batch_tokens=settings.encoder_max_batch_tokens,
-            max_batch_texts=settings.encoder_max_batch_texts,
-            max_waiting=settings.encoder_max_waiting,
-            max_tokens=settings.encoder_max_tokens,
-        ),
-        WritingLimits(
-            max_running=settings.encoder_max_writing,
-            max_waiting=settings.encoder_max_waiting_chats,
-            max_cache_tokens=settings.encoder_max_cache_tokens,
-        ),
-        on_failure=fail,
-    )
+    load = partial(load_text_encoder, settings) if model is None else lambda: model
+    engine = EncoderEngine(load, _limits(settings), _writing_limits(settings), on_failure=fail)
     metrics.gauge("zimage_encoder_waiting", "Texts that wait for their hidden states", lambda: engine.waiting)
     writing = engine.generations
     metrics.gauge("zimage_encoder_writing", "Chat completions that are being written", lambda: writing.running)
@@ -68,3 +55,20 @@ def create_app(settings: EncoderSettings, *, model: TextEncoder | None = None) -
         token=settings.token,
     )
     return app
+
+
+def _limits(settings: EncoderSettings) -> Limits:
+    return Limits(
+        max_batch_tokens=settings.encoder_max_batch_tokens,
+        max_batch_texts=settings.encoder_max_batch_texts,
+        max_waiting=settings.encoder_max_waiting,
+        max_tokens=settings.encoder_max_tokens,
+    )
+
+
+def _writing_limits(settings: EncoderSettings) -> WritingLimits:
+    return WritingLimits(
+        max_running=settings.encoder_max_writing,
+        max_waiting=settings.encoder_max_waiting_chats,
+        max_cache_tokens=settings.encoder_max_cache_tokens,
+    )

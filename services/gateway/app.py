@@ -56,10 +56,7 @@ def create_app(
     """
     metrics = Metrics("gateway")
     templates = load_templates(settings.templates_dir)
-    encoder = encoder or _encoder(settings)
-    if diffusion is None and not settings.encoder_only:
-        max_reply_bytes = max(LEAST_REPLY_BYTES, REPLY_BYTES_PER_PIXEL * settings.max_pixels)
-        diffusion = DiffusionClient(_nodes(settings, "diffusion", settings.diffusions, max_reply_bytes))
+    encoder, diffusion = encoder or _encoder(settings), diffusion or _diffusion(settings)
     rewriter, vl = rewriter or _rewriter(settings), vl or _vl(settings)
     clients = {"encoder": encoder, "diffusion": diffusion, "rewriter": rewriter, "vl": vl}
     pools = {name: client.nodes for name, client in clients.items() if client is not None}
@@ -89,12 +86,13 @@ def create_app(
         routers=[module.router for module in (generate, prompts, rewrite, vl_routes, history_routes, health)],
         readiness=watch.unready_reason,
         metrics=metrics,
-        max_body_bytes=BodyLimits(
-            MAX_BODY_BYTES,
-            larger=dict.fromkeys(PICTURE_PATHS, MAX_BODY_WITH_PICTURES_BYTES),
-            together=settings.max_upload_bytes,
-        ),
+        max_body_bytes=_body_limits(settings),
     )
+
+
+def _body_limits(settings: GatewaySettings) -> BodyLimits:
+    larger = dict.fromkeys(PICTURE_PATHS, MAX_BODY_WITH_PICTURES_BYTES)
+    return BodyLimits(MAX_BODY_BYTES, larger=larger, together=settings.max_upload_bytes)
 
 
 def _history(settings: GatewaySettings, caches: Sequence[EmbeddingCache | CachingEncoder]) -> History | None:
@@ -147,6 +145,13 @@ def _encoder(settings: GatewaySettings) -> Encoder:
     connect = partial(_client, "API encoder", 2 * MAX_EMBEDDINGS_BYTES, headers, foreign=True)
     nodes = Nodes("API encoder", [without_version(str(settings.api_url))], connect, probe=ask_foreign_facts)
     return ApiEncoderClient(nodes, settings.api_model)
+
+
+def _diffusion(settings: GatewaySettings) -> DiffusionClient | None:
+    if settings.encoder_only:
+        return None
+    max_reply_bytes = max(LEAST_REPLY_BYTES, REPLY_BYTES_PER_PIXEL * settings.max_pixels)
+    return DiffusionClient(_nodes(settings, "diffusion", settings.diffusions, max_reply_bytes))
 
 
 def _nodes(
