@@ -39,10 +39,9 @@ def resolve(uv: str, what: list[str], constraints: Path) -> list[str]:
     return done.stdout.splitlines()
 
 
-def torch_as_one_line(lines: list[str]) -> list[str]:
-    """The lines with torch's own as one exact pin and without the CUDA packages that follow from it."""
-    kept = [line for line in lines if line and not CUDA_LINE.match(line)]
-    return sorted([*kept, TORCH])
+def without_torch(lines: list[str]) -> list[str]:
+    """The lines without torch's own and without the CUDA packages that follow from it."""
+    return [line for line in lines if line and not CUDA_LINE.match(line)]
 
 
 def write(name: str, title: str, lines: list[str]) -> Path:
@@ -60,9 +59,10 @@ def main() -> None:
         pin = Path(scratch) / "torch.txt"
         pin.write_text(TORCH + "\n", encoding="utf-8")
         lines = resolve(uv, ["--extra", "all", "pyproject.toml"], pin)
-    lock = write("requirements.lock", "The exact version of every package that zimage needs.", torch_as_one_line(lines))
+    lines = sorted([*without_torch(lines), TORCH])
+    lock = write("requirements.lock", "The exact version of every package that zimage needs.", lines)
     # The group alone: with pyproject.toml beside it, uv would add the project's own dependencies to it.
-    tests = resolve(uv, ["--group", "test"], lock)
+    tests = without_torch(resolve(uv, ["--group", "test"], lock))
     write("requirements-test.lock", "What the tests and checks need besides; it agrees with requirements.lock.", tests)
 
 
