@@ -14,6 +14,8 @@ from structlog.typing import EventDict, Processor
 LogFormat = Literal["auto", "console", "json"]
 
 _QUIETER = ("httpcore2", "httpx2", "uvicorn.error", "urllib3")
+_SILENT = ("diffusers.quantizers.torchao", "torch.utils._pytree")
+"""While they are imported they warn of torchao, which is nobody's affair here; `adopt_loggers` would come too late."""
 
 
 def configure_logs(service: str, *, log_format: LogFormat = "auto", debug: bool = False) -> None:
@@ -47,9 +49,22 @@ def configure_logs(service: str, *, log_format: LogFormat = "auto", debug: bool 
     root.setLevel(logging.DEBUG if debug else logging.INFO)
     for name in _QUIETER:
         logging.getLogger(name).setLevel(logging.INFO if debug and name == "uvicorn.error" else logging.WARNING)
+    for name in _SILENT:
+        logging.getLogger(name).setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         _stop_progress_bars()
     structlog.contextvars.clear_contextvars()
+
+
+def adopt_loggers() -> None:
+    """Takes the handlers for the terminal off libraries that brought their own; they log as all others do then."""
+    for logger in list(logging.root.manager.loggerDict.values()):
+        if not isinstance(logger, logging.Logger):
+            continue
+        for handler in list(logger.handlers):
+            if getattr(handler, "stream", None) in (sys.stderr, sys.stdout):
+                logger.removeHandler(handler)
+                logger.propagate = True
 
 
 def _stop_progress_bars() -> None:

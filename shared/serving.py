@@ -4,20 +4,19 @@ A supervisor may hand over a listening socket (`ZIMAGE_SOCKET_FD`), so that the 
 life (`ZIMAGE_LIFELINE=1`: standard input is a pipe that closes when the supervisor dies; this process then ends too).
 """
 
+import importlib
 import os
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
 from types import FrameType
 from typing import TypeVar
 
 import structlog
 import uvicorn
-from fastapi import FastAPI
 
-from shared.logs import configure_logs
+from shared.logs import adopt_loggers, configure_logs
 from shared.protocol import BoundedProtocol
 from shared.settings import InvalidSettings, NodeSettings, ServiceSettings, read_settings
 
@@ -29,8 +28,11 @@ S = TypeVar("S", bound=ServiceSettings)
 log = structlog.get_logger(__name__)
 
 
-def run_service(name: str, settings_type: type[S], create_app: Callable[[S], FastAPI]) -> None:
+def run_service(name: str, settings_type: type[S], module: str) -> None:
     """Runs a service until SIGTERM or Ctrl-C, then leaves the process with its exit status.
+
+    `module` is where its `create_app(settings)` is. It is imported once the settings are known to be good, so that bad
+    ones are told at once, and once logs have their form, as libraries log while they are imported.
 
     Exits with 0 after a clean stop, with `EXIT_UNUSABLE` when the settings or the model cannot be used.
     """
@@ -40,6 +42,8 @@ def run_service(name: str, settings_type: type[S], create_app: Callable[[S], Fas
         configure_logs(name, log_format=settings.log_format, debug=settings.debug)
         if isinstance(settings, NodeSettings) and SOCKET_FD not in os.environ:  # a supervisor's sockets are its affair
             settings.require_token()
+        create_app = importlib.import_module(module).create_app
+        adopt_loggers()
         app = create_app(settings)
     except InvalidSettings as error:
         log.error("the settings cannot be used", reason=str(error))  # noqa: TRY400 - the sentence says it all

@@ -21,6 +21,7 @@ from services.diffusion.option_settings import OffloadMode, OptionSettings, pars
 from services.diffusion.shapes import Shape, shape_of
 from shared.checkpoint import UnusableModel
 from shared.errors import ServiceError
+from shared.logs import adopt_loggers
 from shared.schemas.diffusion import DiffusionParameters
 from shared.schemas.fields import LongPromptMode
 from shared.settings import Quantization
@@ -117,6 +118,7 @@ def cache_blocks(transformer: Any) -> Callable[[int], None]:
         import cache_dit
     except ImportError:
         raise UnusableModel(f"--cache-dit needs the package cache-dit: {INSTALL_CACHE_DIT} or leave it out") from None
+    adopt_loggers()
 
     def recipe(steps: int | None) -> Any:
         return cache_dit.DBCacheConfig(

@@ -1,8 +1,7 @@
 """`python -m services.encoder`: runs the encoder alone, configured by `ZIMAGE_...` in the environment."""
 
-from services.encoder.app import create_app
 from services.encoder.settings import EncoderSettings
 from shared.serving import run_service
 
 if __name__ == "__main__":
-    run_service("encoder", EncoderSettings, create_app)
+    run_service("encoder", EncoderSettings, "services.encoder.app")
