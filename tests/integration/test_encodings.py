@@ -146,7 +146,7 @@ async def test_what_nobody_wants_any_more_is_given_up(encodes: Encodes, redis: E
     async with gateway(encodes, redis) as encoder:
         encodes.gate.clear()
         with pytest.raises(UpstreamTimeout):
-            await encode(encoder, one, timeout_s=0.3)
+            await encode(encoder, one, timeout_s=1.0)
         await eventually(lambda: encodes.ended == encodes.count == 1)
         encodes.gate.set()
         assert await encode(encoder, one)

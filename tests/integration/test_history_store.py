@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 from embedded_redis import embedded_redis, end, start_guard, start_redis
+from inprocess import eventually
 from servers import wait_until
 
-from services.gateway.store import PING_INTERVAL_S, Bounds, History
+from services.gateway.store import Bounds, History
 from shared.errors import UnknownName, Unreachable
 from zimage import redis_server
 
@@ -113,8 +114,7 @@ async def test_away_redis_is_told_and_heals(tmp_path: Path) -> None:
             await rows(history)
         assert await history.add({"n": 1}, b"png", b"") is None
         process = start_redis(tmp_path)
-        await asyncio.sleep(3 * PING_INTERVAL_S)
-        assert history.is_here
+        await eventually(lambda: history.is_here)
         assert await history.add({"n": 2}, b"png", b"") is not None
     assert end(process) == 0
 

@@ -6,6 +6,7 @@ import json
 import signal
 import stat
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -260,8 +261,10 @@ def heeded_ctrl_c() -> Iterator[None]:
 
 @pytest.mark.usefixtures("heeded_ctrl_c")
 def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
+    ended = threading.Event()
+
     def act(_: str, __: bytes) -> Answer:
-        time.sleep(2)
+        ended.wait(60)
         return DRAWN
 
     with scripted_server(act) as server:
@@ -269,7 +272,8 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
         with subprocess.Popen(arguments, env=environment(), stderr=subprocess.PIPE, text=True) as process:
             wait_until(lambda: server.bodies, "the server is asked")
             process.send_signal(signal.SIGINT)
-            _, err = process.communicate(timeout=10)
+            _, err = process.communicate(timeout=60)
+            ended.set()
     assert process.returncode == 130
     assert "Traceback" not in err
     assert not list(tmp_path.iterdir())
