@@ -83,13 +83,14 @@ class EncoderEngine:
         """Texts in the queue."""
         return len(self._waiting)
 
-    async def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text. Raises Unready, InvalidField."""
+    async def tokenize(self, texts: Sequence[str], *, max_length: int | None = None) -> list[list[int]]:
+        """Token ids of each text, at most `max_length`. Raises Unready, InvalidField."""
         model = self.device.model
         if sum(map(len, texts)) <= QUICK_CHARS:
             token_ids = model.tokenize(texts)
         else:
             token_ids = await asyncio.to_thread(model.tokenize, texts)
+        token_ids = [ids[:max_length] for ids in token_ids]
         longest = max(len(ids) for ids in token_ids)
         if longest > self.limits.max_tokens:
             raise InvalidField(f"A text has {longest} tokens, the limit is {self.limits.max_tokens}.")
@@ -101,7 +102,7 @@ class EncoderEngine:
         Raises Unready, InvalidField, QueueFull.
         """
         self.device.model.check_layer(layer)
-        jobs = [EncodeJob(ids[:max_length], layer) for ids in await self.tokenize(texts)]
+        jobs = [EncodeJob(ids, layer) for ids in await self.tokenize(texts, max_length=max_length)]
         if not all(job.ids for job in jobs):
             raise InvalidField("A text has no tokens.")
         with self._lock:

@@ -256,6 +256,8 @@ async def test_texts_that_are_too_long_or_have_no_tokens(text_encoder: TextEncod
     async with running(text_encoder) as engine:
         with pytest.raises(InvalidField, match="the limit is 500"):
             await engine.encode(["a", "cat " * 2_000], layer=-2)
+        (cut,) = await engine.encode(["cat " * 2_000], layer=-2, max_length=500)
+        assert cut.tokens == 500
         with pytest.raises(InvalidField, match="no tokens"):
             await engine.encode([""], layer=-2)
         with pytest.raises(InvalidField, match="'hidden_layer'"):
