@@ -33,7 +33,35 @@ def run(setting: Setting) -> Findings:
         asyncio.run(_together(url, tokens))
         taken = [_pair(url, script, tokens, first=bool(number % 2)) for number in range(rounds)]
         waits = asyncio.run(_waits(url, rounds, QUICK_ENCODES if setting.quick else ENCODES))
-    figures = [
+    return Findings(_figures(taken, waits), {"pairs": taken, "waits": [asdict(one) for one in waits]})
+
+
+@dataclass(frozen=True, slots=True)
+class Waits:
+    """One round: seconds of encodes alone, of encodes beside a text, and of one of its tokens."""
+
+    alone_s: list[float]
+    beside_s: list[float]
+    token_s: float
+
+    @property
+    def p95(self) -> float:
+        """How much longer than alone all but one of twenty encodes take at most, in tokens' time."""
+        return (percentile(self.beside_s, 0.95) - statistics.median(self.alone_s)) / self.token_s
+
+
+def _encoder_url(server: Server) -> str:
+    with httpx2.Client(base_url=server.url, trust_env=False, timeout=30) as client:
+        url: str = client.get("/health").json()["services"]["encoder"]["url"]
+    return url
+
+
+def _wanted(subject: str, tokens: int) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": f"Describe {subject}"}], "max_tokens": tokens, "temperature": 0}
+
+
+def _figures(taken: list[dict[str, float]], waits: list[Waits]) -> list[Figure]:
+    return [
         Figure(
             benchmark=NAME,
             what=f"{CLIENTS} clients / {CLIENTS} generate calls in turn, tokens a second",
@@ -67,31 +95,6 @@ def run(setting: Setting) -> Findings:
             unit="ms",
         ),
     ]
-    return Findings(figures, {"pairs": taken, "waits": [asdict(one) for one in waits]})
-
-
-@dataclass(frozen=True, slots=True)
-class Waits:
-    """One round: seconds of encodes alone, of encodes beside a text, and of one of its tokens."""
-
-    alone_s: list[float]
-    beside_s: list[float]
-    token_s: float
-
-    @property
-    def p95(self) -> float:
-        """How much longer than alone all but one of twenty encodes take at most, in tokens' time."""
-        return (percentile(self.beside_s, 0.95) - statistics.median(self.alone_s)) / self.token_s
-
-
-def _encoder_url(server: Server) -> str:
-    with httpx2.Client(base_url=server.url, trust_env=False, timeout=30) as client:
-        url: str = client.get("/health").json()["services"]["encoder"]["url"]
-    return url
-
-
-def _wanted(subject: str, tokens: int) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": f"Describe {subject}"}], "max_tokens": tokens, "temperature": 0}
 
 
 def _pair(url: str, script: Baseline, tokens: int, *, first: bool) -> dict[str, float]:

@@ -10,11 +10,13 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import TypeVar
 
 import structlog
 import uvicorn
+from fastapi import FastAPI
 
 from shared.logs import adopt_loggers, configure_logs
 from shared.protocol import BoundedProtocol
@@ -36,18 +38,7 @@ def run_service(name: str, settings_type: type[S], module: str) -> None:
 
     Exits with 0 after a clean stop, with `EXIT_UNUSABLE` when the settings or the model cannot be used.
     """
-    configure_logs(name)
-    try:
-        settings = read_settings(settings_type)
-        configure_logs(name, log_format=settings.log_format, debug=settings.debug)
-        if isinstance(settings, NodeSettings) and SOCKET_FD not in os.environ:  # a supervisor's sockets are its affair
-            settings.require_token()
-        create_app = importlib.import_module(module).create_app
-        adopt_loggers()
-        app = create_app(settings)
-    except InvalidSettings as error:
-        log.error("the settings cannot be used", reason=str(error))  # noqa: TRY400 - the sentence says it all
-        sys.exit(EXIT_UNUSABLE)
+    settings, app = _build(name, settings_type, module)
     host, port = settings.address
     server = Server(
         uvicorn.Config(
@@ -71,6 +62,22 @@ def run_service(name: str, settings_type: type[S], module: str) -> None:
     if not server.started and not server.exit_code:
         sys.exit(1)
     sys.exit(server.exit_code)
+
+
+def _build(name: str, settings_type: type[S], module: str) -> tuple[S, FastAPI]:
+    """Settings and app of a service; tells what cannot be used, and exits."""
+    configure_logs(name)
+    try:
+        settings = read_settings(settings_type)
+        configure_logs(name, log_format=settings.log_format, debug=settings.debug)
+        if isinstance(settings, NodeSettings) and SOCKET_FD not in os.environ:  # a supervisor's sockets are its affair
+            settings.require_token()
+        create_app: Callable[[S], FastAPI] = importlib.import_module(module).create_app
+        adopt_loggers()
+        return settings, create_app(settings)
+    except InvalidSettings as error:
+        log.error("the settings cannot be used", reason=str(error))  # noqa: TRY400 - the sentence says it all
+        sys.exit(EXIT_UNUSABLE)
 
 
 class Server(uvicorn.Server):

@@ -58,20 +58,9 @@ async def request_picture(
     """
     base = _base_url(url)
     started = time.perf_counter()
-    headers = {"content-type": "application/json", "accept": f"{EVENTS}, image/png"}
     try:
-        async with (
-            asyncio.timeout(timeout_s),
-            _http(base) as http,
-            http.stream("POST", "/api/generate", content=json.dumps(fields), headers=headers) as response,
-        ):
-            if not response.is_success:
-                await response.aread()
-                raise NoPicture(_refusal(response, base))
-            if response.headers.get("content-type", "").startswith(EVENTS):
-                png, answered = await _last_event(response, base, told)
-            else:
-                png, answered = await response.aread(), response.headers
+        async with asyncio.timeout(timeout_s), _http(base) as http:
+            png, answered = await _answer(http, base, fields, told)
     except TimeoutError:
         raise NoPicture(f"no picture came from {base} within {timeout_s:g} s: give it longer with --timeout") from None
     except (httpx2.ConnectError, httpx2.ConnectTimeout):
@@ -89,6 +78,20 @@ async def request_picture(
         seconds=seconds,
         server_timing=answered.get("server-timing", ""),
     )
+
+
+async def _answer(
+    http: httpx2.AsyncClient, base: str, fields: Mapping[str, Any], told: Callable[[Stepped], None]
+) -> tuple[bytes, Mapping[str, str]]:
+    """The picture and its headers, as a stream of events from servers that have one."""
+    headers = {"content-type": "application/json", "accept": f"{EVENTS}, image/png"}
+    async with http.stream("POST", "/api/generate", content=json.dumps(fields), headers=headers) as response:
+        if not response.is_success:
+            await response.aread()
+            raise NoPicture(_refusal(response, base))
+        if response.headers.get("content-type", "").startswith(EVENTS):
+            return await _last_event(response, base, told)
+        return await response.aread(), response.headers
 
 
 async def _last_event(

@@ -156,32 +156,41 @@ def train_vision_model(
             for grid, question, scene in zip(grids, asked, scenes, strict=True)
         ]
         length = max(len(row) for row, _ in both)
-        tokens = texts.pad([row for row, _ in both], length)
+        tokens = texts.pad([row for row, _ in both], length).to(device)
         targets = torch.tensor([[IGNORED] * head + row[head:] + [IGNORED] * (length - len(row)) for row, head in both])
-        kinds = (tokens == batches.tokens.image).int()
+        images = tokens == batches.tokens.image
         with torch.autocast(device.type, torch.bfloat16):
-            output = model(
-                input_ids=tokens.to(device),
-                attention_mask=torch.ones_like(tokens).to(device),
-                pixel_values=pixels.to(device),
-                image_grid_thw=grids.to(device),
-                mm_token_type_ids=kinds.to(device),
-                output_hidden_states=True,
-                use_cache=False,
-            )
-        states = output.hidden_states[HIDDEN_LAYER].float()
-        images = kinds.bool().to(device)
+            states, logits = _look(model, tokens, images, pixels.to(device), grids.to(device))
         apart = [_apart(resample(states[i][images[i]], len(goal)), goal) for i, goal in enumerate(goals)]
         right = torch.tensor([answers(scene) for scene in scenes])
         return {
             "states": torch.stack(apart).mean(),
             "facts": FACTS_WEIGHT * facts_loss(reader(states, images), right.to(device)),
-            "caption": LANGUAGE_WEIGHT * language_loss(output.logits, targets.to(device)),
+            "caption": LANGUAGE_WEIGHT * language_loss(logits, targets.to(device)),
         }
 
     run_stage("vision", {"vision": model}, SCHEDULE, losses, folder)
     model.config.zimage_target_std = round(spread_of_states(text, texts), 4)
     return model
+
+
+def _look(
+    model: Qwen3VLForConditionalGeneration, tokens: Tensor, images: Tensor, pixels: Tensor, grids: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Hidden states `[n, tokens, width]` in float32 and logits of conversations, int64 `[n, tokens]`, about pictures.
+
+    `images` tells which tokens are the pictures'; `pixels` and `grids` are as the image processor makes them.
+    """
+    output = model(
+        input_ids=tokens,
+        attention_mask=torch.ones_like(tokens),
+        pixel_values=pixels,
+        image_grid_thw=grids,
+        mm_token_type_ids=images.int(),
+        output_hidden_states=True,
+        use_cache=False,
+    )
+    return output.hidden_states[HIDDEN_LAYER].float(), output.logits
 
 
 @torch.no_grad()
