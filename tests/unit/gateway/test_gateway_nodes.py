@@ -171,6 +171,24 @@ class TestChoosing:
             gate.set()
             await waiting
 
+    async def test_what_comes_at_once_is_spread_evenly(self) -> None:
+        machines, gate = three(), asyncio.Event()
+
+        async def wait(_: httpx2.Request) -> httpx2.Response:
+            await gate.wait()
+            return answer()
+
+        for machine in machines.values():
+            machine.work = wait
+        async with pool(machines) as nodes:
+            await all_ready(nodes, 3)
+            clients = [asyncio.create_task(ask(nodes)) for _ in range(30)]
+            await eventually(lambda: sum(len(machine.seen) for machine in machines.values()) == 30)
+            assert [node.in_flight for node, _ in nodes.all] == [10, 10, 10]
+            gate.set()
+            await asyncio.gather(*clients)
+        assert [len(machine.seen) for machine in machines.values()] == [10, 10, 10]
+
     async def test_before_any_has_been_asked_one_is_tried(self) -> None:
         machines = {"10.0.0.1": Machine(probe=hang)}
         async with pool(machines) as nodes:
