@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-from demo_model.world import RADIUS, RGB, Pattern, Place, Rgb, Scene, Shape, Thing, accent, mix
+from demo_model.world import RADIUS, RGB, Colour, Pattern, Place, Rgb, Scene, Shape, Thing, accent, mix
 
 SUPERSAMPLING = 3  # drawn so many times larger and averaged: smooth edges
 _CELLS = (0.22, 0.5, 0.78)
@@ -23,6 +23,11 @@ class Tint:
     reference: Scene
     alpha: float
 
+    def other(self, index: int) -> Colour:
+        """The colour that the thing of that number is pulled towards."""
+        others = self.reference.things
+        return others[min(index, len(others) - 1)].colour
+
 
 def render(
     scene: Scene, *, width: int, height: int, rng: random.Random | None = None, tint: Tint | None = None
@@ -36,8 +41,7 @@ def render(
     for index, thing in enumerate(scene.things):
         tones = (RGB[thing.colour], accent(thing.colour))
         if tint:
-            others = tint.reference.things
-            other = others[min(index, len(others) - 1)].colour
+            other = tint.other(index)
             tones = (mix(tones[0], RGB[other], tint.alpha), mix(tones[1], accent(other), tint.alpha))
         _draw(image, thing, tones, rng)
     return image.reduce(SUPERSAMPLING)

@@ -39,8 +39,11 @@ class Vision:
         )
 
     @torch.no_grad()
-    def states(self, picture: Image.Image) -> Tensor:
-        """Hidden states of a picture's tokens, as spread as those of texts: float32 `[tokens, width]`."""
+    def states(self, picture: Image.Image, *, image_tokens_only: bool = False) -> Tensor:
+        """Hidden states of a picture in a user's turn, as spread as those of texts: float32 `[tokens, width]`.
+
+        As the server's vl service does it, the turn's own tokens are among them unless `image_tokens_only`.
+        """
         read = self._processor(images=[picture], return_tensors="pt")
         count = int(read["image_grid_thw"].prod()) // self._processor.merge_size**2
         prompt = f"<|vision_start|>{'<|image_pad|>' * count}<|vision_end|>"
@@ -55,5 +58,6 @@ class Vision:
             output_hidden_states=True,
             use_cache=False,
         )
-        states: Tensor = output.hidden_states[HIDDEN_LAYER][of_picture].float()
-        return states * (self._target_std / states.std())
+        wanted = of_picture if image_tokens_only else torch.ones_like(of_picture)
+        states: Tensor = output.hidden_states[HIDDEN_LAYER][wanted].float()
+        return states * (self._target_std / states.std(correction=0))

@@ -4,7 +4,8 @@ Standard library only, as it runs before anything is installed. It uses uv where
 first, in the build that fits the machine; then the rest of requirements.lock (and with `--group test` also
 requirements-test.lock); then the project itself, editable. A stamp in the environment makes a second run do nothing.
 The build of torch: the CPU's, unless an NVIDIA driver is found on Linux; ZIMAGE_TORCH=cpu or cuda decides it by hand,
-and it then stays what it is for this environment. The CPU's comes from a wheel in pip's or uv's find-links
+and it then stays what it is for this environment. ZIMAGE_EXTRAS names what only some options need, as the images'
+variable of that name does: quantization, cache or both; what was installed once stays. The CPU's build of torch comes from a wheel in pip's or uv's find-links
 directories, else from where uv's `--torch-backend=cpu` finds it, so that no CUDA package is ever downloaded for it.
 What this doesn't know: any registry's address (pip and uv have their own settings), AMD and Intel GPUs, whether a
 CUDA build fits the driver when uv is absent, and the weights of the models.
@@ -30,6 +31,7 @@ LOCK = ROOT / "requirements.lock"
 TEST_LOCK = ROOT / "requirements-test.lock"
 SUPPORTED = ((3, 11), (3, 12), (3, 13))
 BUILDS = {"cpu": "the CPU", "cuda": "NVIDIA GPUs"}
+EXTRAS = ("cache", "quantization")
 
 
 class InstallError(Exception):
@@ -139,6 +141,14 @@ def fingerprints(group: str | None) -> dict[str, str]:
         return {**found, group: digest(TEST_LOCK)} if group else found
     except FileNotFoundError as missing:
         raise InstallError(f"{missing.filename} is missing. Restore it from git, then run this again.") from missing
+
+
+def wanted_extras(before: str) -> str:
+    """The extras that ZIMAGE_EXTRAS asks for and those that this environment has, with spaces between them."""
+    names = set(os.environ.get("ZIMAGE_EXTRAS", "").split())
+    if unknown := sorted(names.difference(EXTRAS)):
+        raise InstallError(f"ZIMAGE_EXTRAS names {unknown[0]!r}. It may name {' and '.join(EXTRAS)}.")
+    return " ".join(sorted(names.union(before.split())))
 
 
 def torch_build(before: str | None) -> str:
@@ -251,22 +261,37 @@ def install_lock(venv: Venv, lock: Path) -> None:
         )
 
 
+def install_extra(venv: Venv, name: str) -> None:
+    """Install what an extra of pyproject.toml names, in the newest versions that go with the lock."""
+    import tomllib  # not in the older Pythons that use_supported_python leaves behind
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    say(f"installing the packages of the extra {name}")
+    if not venv.install([*project["optional-dependencies"][name], "--constraint", str(LOCK)]):
+        raise InstallError(
+            f"the extra {name} could not be installed (the reason is above). Leave it out, or try again."
+        )
+
+
 def install_all(path: Path, group: str | None) -> None:
     """Bring the environment to what the lock files and pyproject.toml say."""
     venv = Venv(path, shutil.which("uv"))
     before = venv.read_stamp()
     build = torch_build(before.get("torch"))
-    wanted = {**fingerprints(group), "torch": build}
-    if wanted.items() <= before.items():
+    extras = wanted_extras(before.get("extras", ""))
+    wanted = {**fingerprints(group), "torch": build, "extras": extras}
+    if wanted.items() <= {"extras": "", **before}.items():
         say(f"{path.name} is up to date (torch for {BUILDS[build]})")
         return
     make_venv(venv, anew=before.get("torch", build) != build)
     # Should this run break off, the next one knows which torch may be there, and that the rest isn't complete.
-    venv.write_stamp({"torch": build})
+    venv.write_stamp({"torch": build, "extras": extras})
     install_torch(venv, build)
     install_lock(venv, LOCK)
     if group:
         install_lock(venv, TEST_LOCK)
+    for name in extras.split():
+        install_extra(venv, name)
     say("installing zimage itself, editable")
     if not venv.install(["--no-deps", "--editable", "."]):
         raise InstallError("zimage itself could not be installed (the reason is above). Mend it, then run this again.")

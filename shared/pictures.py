@@ -39,7 +39,7 @@ def check_picture(data: bytes, field: str) -> bytes:
 
 
 def _is_known(data: bytes) -> bool:
-    if data.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")):
+    if data.startswith((PNG_SIGNATURE, b"\xff\xd8\xff")):
         return True
     return data[:4] == b"RIFF" and data[8:12] == b"WEBP"
 

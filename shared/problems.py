@@ -125,6 +125,8 @@ def _from_http(request: Request, error: HTTPException) -> ServiceError:
     method, path = request.method, request.url.path[:200]
     if isinstance(error.__cause__, ClientDisconnect):  # FastAPI takes it for a body that cannot be parsed
         return ClientGone(INCOMPLETE)
+    if isinstance(error.__cause__, ServiceError):
+        return error.__cause__
     match error.status_code:
         case HTTPStatus.NOT_FOUND:
             return UnknownName(f"There is nothing at {path}; /docs lists what there is.")

@@ -20,7 +20,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 DEVICE_ERROR = torch.AcceleratorError
 """An error of the driver, as a CUDA assert: after it every call of the device fails."""
-INSTALL_TORCHAO = "install it with `uv pip install 'zimage-server[quantization]'`"
+INSTALL_TORCHAO = "`ZIMAGE_EXTRAS=quantization make install` adds it (to images: the same variable);"
 CPU = torch.device("cpu")
 QUANTIZED_SHARE = 1.15  # bytes of a quantized checkpoint for each of its numbers: scales, and what stays as it is
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
@@ -128,7 +128,7 @@ def quantize(
     try:
         from torchao import quantization as torchao
     except ImportError:
-        raise UnusableModel(f"{flag} needs the package torchao: {INSTALL_TORCHAO} or leave it out") from None
+        raise UnusableModel(f"{flag} needs the package torchao: {INSTALL_TORCHAO} else leave it out") from None
     recipe = {
         Quantization.INT8: torchao.Int8WeightOnlyConfig,
         Quantization.INT8_DYNAMIC: torchao.Int8DynamicActivationInt8WeightConfig,

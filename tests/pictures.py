@@ -33,6 +33,13 @@ def bomb(width: int = 50_000, height: int = 50_000) -> bytes:
     return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
 
 
+def scans(more: int) -> bytes:
+    """A progressive JPEG whose last scan comes so many times more: each is decoded over the whole picture."""
+    data = encoded(pixels().convert("L"), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    return data[:-2] + data[last:-2] * more + data[-2:]
+
+
 def malformed(count: int, seed: int = 0) -> Iterator[bytes]:
     """Truncated, mutated and spliced pictures, bombs, and what is no picture at all. A few of them may be readable."""
     rng = random.Random(seed)
@@ -68,6 +75,8 @@ def _lengthened(rng: random.Random, data: bytes) -> bytes:
 
 
 def _bomb(rng: random.Random, _: bytes) -> bytes:
+    if rng.random() < 0.25:
+        return scans(rng.choice((101, 2000)))
     return bomb(rng.choice((50_000, 2**31 - 1, 1, 9_999)), rng.choice((50_000, 2**31 - 1, 60_000)))
 
 

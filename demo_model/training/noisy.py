@@ -34,6 +34,7 @@ IMAGES_OTHERS = 14
 SMALLEST, LARGER = 0.15, 0.93  # the batches up to these shares are of 128x128 and of 256x256; other sizes fill the rest
 BLENDED_SHARE = {(128, 128): 0.35, (256, 256): 0.3}  # of the batches of a size that show blended texts
 SEEN = 0.5  # share of the references that are seen; the rest are read
+WITHOUT_TURN = 0.5  # share of those that are seen without the tokens of the user's turn around the picture
 PURE_NOISE = 0.2  # share of the examples at sigma 1
 SIGMA_CENTER, SIGMA_SPREAD = 0.8, 1.1  # of the logistic normal that the others' sigma comes from, before the shift
 
@@ -75,7 +76,7 @@ class Noisy:
 class NoisyBatches:
     """Draws batches; those of a step are always the same.
 
-    Half of the references of blends are what `see` makes of their pictures, the others their words.
+    Of the references of blends some are what `see` makes of their pictures, the others their words.
     """
 
     def __init__(
@@ -88,8 +89,9 @@ class NoisyBatches:
         self._seed = seed
 
         @cache
-        def seen(reference: Scene) -> Tensor:
-            return see.states(render(reference, width=256, height=256)).bfloat16()
+        def seen(reference: Scene, *, image_tokens_only: bool) -> Tensor:
+            picture = render(reference, width=256, height=256)
+            return see.states(picture, image_tokens_only=image_tokens_only).bfloat16()
 
         self._seen = seen
 
@@ -106,7 +108,7 @@ class NoisyBatches:
             self._batches,
             rows,
             examples,
-            lambda reference: self._seen(reference) if rng.random() < SEEN else None,
+            lambda reference: self._see(reference, rng),
         )
         sigma = _sigmas(rng, count)
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(step))
@@ -118,6 +120,11 @@ class NoisyBatches:
             states=states,
             said=said,
         )
+
+    def _see(self, reference: Scene, rng: random.Random) -> Tensor | None:
+        if rng.random() >= SEEN:
+            return None
+        return self._seen(reference, image_tokens_only=rng.random() < WITHOUT_TURN)
 
     @torch.no_grad()
     def nothing(self) -> tuple[Tensor, Tensor]:

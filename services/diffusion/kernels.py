@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from services.diffusion.option_settings import Attention, OptionSettings
 
-FLASH_INSTALL = "install it with `uv pip install flash-attn --no-build-isolation`"
+FLASH_INSTALL = "install it with `--no-build-isolation`, by pip or uv,"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,13 +30,13 @@ KERNELS: Mapping[Attention, Kernels] = {
         names=["_flash_3"],
         capability=(9, 0),
         package="flash_attn_interface of Flash Attention 3",
-        install="build it from the folder hopper of its repository",
+        install="build it from the folder hopper of its repository,",
     ),
     Attention.SAGE: Kernels(
         names=["sage"],
         capability=(8, 0),
         package="sageattention 2.1.1 or newer",
-        install="install it with `uv pip install sageattention --no-build-isolation`",
+        install="install it with `--no-build-isolation`, by pip or uv,",
     ),
 }
 FLASH_ATTN = Kernels(

@@ -36,7 +36,7 @@ REHEARSAL_SIZE, REHEARSAL_TOKENS, REHEARSAL_NEGATIVE_TOKENS = (256, 176), 20, 70
 here, to each other or to a width of the DiT, and compiles again once they differ."""
 PINNED_SHARE = 1.5  # torch takes pinned memory in powers of two
 CACHE_SHARE, CACHE_WARMUP_STEPS = 4, 3  # one block in four always runs, and all do in the first steps
-INSTALL_CACHE_DIT = "install it with `uv pip install 'zimage-server[cache]'`"
+INSTALL_CACHE_DIT = "`ZIMAGE_EXTRAS=cache make install` adds it (to images: the same variable);"
 
 log = structlog.get_logger(__name__)
 
@@ -117,7 +117,7 @@ def cache_blocks(transformer: Any) -> Callable[[int], None]:
     try:
         import cache_dit
     except ImportError:
-        raise UnusableModel(f"--cache-dit needs the package cache-dit: {INSTALL_CACHE_DIT} or leave it out") from None
+        raise UnusableModel(f"--cache-dit needs the package cache-dit: {INSTALL_CACHE_DIT} else leave it out") from None
     adopt_loggers()
 
     def recipe(steps: int | None) -> Any:

@@ -4,17 +4,21 @@ import base64
 import re
 import socket
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
-from pictures import encoded, pixels
+from pictures import encoded, malformed, pixels
 from servers import Running, free_port, picture, png_size, run, serve, shared_file, zimage
 
 pytestmark = pytest.mark.slow
 IMAGE = base64.b64encode(encoded()).decode()
+MALFORMED = 1_000
+GROWTH_BYTES = 50_000_000
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +176,54 @@ def test_a_picture_is_described(eyes: httpx2.Client) -> None:
     assert followed.rindex("event: done") > followed.rindex("event: t")
     assert eyes.post("/api/rewrite", json={**body, "image": "x"}).status_code == 422
     assert eyes.post("/api/rewrite", json={**body, "rewriter": "nope"}).status_code == 404
+
+
+def test_one_picture_at_the_same_time_is_read_once(seeing: Running, eyes: httpx2.Client) -> None:
+    image = base64.b64encode(encoded(pixels(224, 160, seed=11))).decode()
+    shot = {"image_tokens_only": False, "hidden_layer": -2, "scale_to_text": True}
+
+    def extract(_: int) -> str:
+        return str(extracted(eyes, image=image, **shot)["embeddings_id"])
+
+    def draw(_: int) -> str:
+        drawn(eyes, vl_image=image, vl_alpha=0.5)
+        return str(eyes.get("/api/history?images=none").json()["history"][-1]["vl_embeddings_id"])
+
+    with seeing.service_client("vl") as vl, ThreadPoolExecutor(6) as clients:
+        before = extractions(vl)
+        found = [*clients.map(extract, range(4)), *clients.map(draw, range(2))]
+        assert extractions(vl) == before + 1
+    assert len(set(found)) == 1
+
+
+def extractions(vl: httpx2.Client) -> int:
+    counted = re.findall(r'zimage_requests_total\{.*route="/v1/extract".*\} ([0-9.]+)', vl.get("/metrics").text)
+    return sum(int(float(count)) for count in counted)
+
+
+def test_malformed_pictures_cost_nothing(seeing: Running, eyes: httpx2.Client) -> None:
+    """As JSON and as a form in turns, with what all processes together hold looked at on the way."""
+
+    def send(index: int, data: bytes) -> int:
+        if index % 2:
+            return eyes.post("/api/vl/extract", json={"image": base64.b64encode(data).decode()}).status_code
+        return eyes.post("/api/vl/extract", files={"image": ("x.png", data)}).status_code
+
+    def held() -> int:
+        return sum(process.memory_info().rss for process in seeing.processes())
+
+    for index, data in enumerate(malformed(60, seed=1)):
+        send(index, data)
+    extracted(eyes, image=base64.b64encode(encoded(pixels(512, 512))).decode())
+    before, most, statuses = held(), 0, Counter[int]()
+    for index, data in enumerate(malformed(MALFORMED)):
+        statuses[send(index, data)] += 1
+        if index % 20 == 0:
+            most = max(most, held())
+    assert set(statuses) <= {200, 413, 422}, statuses
+    assert statuses[422] > MALFORMED * 0.7
+    assert max(most, held()) - before < GROWTH_BYTES
+    extracted(eyes)
 
 
 def test_large_bodies_are_for_pictures_only(eyes: httpx2.Client) -> None:

@@ -1,6 +1,7 @@
 """`shared.bodies`: what large bodies may take together, through the middleware that judges them."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
@@ -140,3 +141,22 @@ async def test_without_a_sum_there_is_none(unbounded: FastAPI, holding: Holding)
         await eventually(lambda: holding.inside == 20)
         holding.gate.set()
         assert {answer.status_code for answer in await asyncio.gather(*works)} == {200}
+
+
+@pytest.fixture
+def roomy(holding: Holding) -> FastAPI:
+    return app_of(holding, BodyLimits(1 << 20))
+
+
+async def test_a_json_body_has_few_names_and_texts(roomy: FastAPI, holding: Holding) -> None:
+    holding.gate.set()
+    fields = {str(number): 0 for number in range(24_999)}
+    texts = {"prompt": '"' * 32_000, "system_prompt": "," * 32_000}
+    async with client_of(roomy) as client:
+        assert (await client.post("/texts", json={**fields, "1": 0})).status_code == 200
+        assert (await client.post("/texts", json=texts)).status_code == 200
+        for content in (json.dumps(fields | {"more": 0, "most": 0}).encode(), b'{"a' * 60_000):
+            answer = await client.post("/texts", content=content, headers={"content-type": "application/json"})
+            assert (answer.status_code, answer.json()["code"]) == (413, "too_large")
+            assert "25000 names and texts" in answer.json()["detail"]
+        assert (await client.post("/texts", content=b'"' * 60_000)).status_code == 200, "what is no JSON has none"

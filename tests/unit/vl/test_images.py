@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from pictures import FORMATS, bomb, encoded, malformed, pixels
+from pictures import FORMATS, bomb, encoded, malformed, pixels, scans
 from PIL import Image
 
 from services.vl import images
 from services.vl.images import read_picture
-from shared.errors import BodyTooLarge, InvalidField, ServiceError
+from shared.errors import BodyTooLarge, InvalidField, OutOfMemory, ServiceError
 from shared.pictures import MAX_PICTURE_BYTES
 
 
@@ -47,6 +47,14 @@ def test_sixteen_bits_of_grey_keep_their_scale() -> None:
     assert np.asarray(read_picture(encoded(grey)))[0, 0].tolist() == [128, 128, 128]
 
 
+def test_of_sixteen_bits_of_grey_one_level_may_be_transparent() -> None:
+    levels = np.full((8, 8), 0x8000, np.uint16)
+    levels[0, 0] = 0x4000
+    read = np.asarray(read_picture(encoded(Image.fromarray(levels), transparency=0x4000)))
+    assert read[0, 0].tolist() == [255, 255, 255]
+    assert read[7, 7].tolist() == [128, 128, 128]
+
+
 @pytest.mark.parametrize("mode", ["L", "1", "CMYK"])
 def test_other_modes_become_rgb(mode: str) -> None:
     kind = "JPEG" if mode == "CMYK" else "PNG"
@@ -67,6 +75,24 @@ def test_bombs_are_refused_before_they_are_decoded(size: tuple[int, int], monkey
     data = bomb(*size)
     monkeypatch.setattr(images.Image.Image, "load", decode)
     with pytest.raises(InvalidField, match="pixels"):
+        read_picture(data)
+
+
+def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_picture(scans(50)).size == (96, 64)
+    data = scans(200)
+    monkeypatch.setattr(images.Image.Image, "load", lambda _: pytest.fail("it was decoded"))
+    with pytest.raises(InvalidField, match="100 scans"):
+        read_picture(data)
+
+
+def test_memory_that_runs_out_is_no_broken_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode(_: object) -> None:
+        raise MemoryError
+
+    data = encoded()
+    monkeypatch.setattr(images.Image.Image, "load", decode)
+    with pytest.raises(OutOfMemory, match="too little free memory"):
         read_picture(data)
 
 
