@@ -95,7 +95,7 @@ class DeviceThread(Generic[M]):
             self._fail(EXIT_UNUSABLE_MODEL, str(error))
             log.error("the model cannot be used", reason=str(error))  # noqa: TRY400 - the sentence says it all
             return
-        except Exception:  # the thread's outermost frame: nobody above could log it
+        except BaseException:  # the thread's outermost frame; a library's panic is no Exception
             self._fail(EXIT_DEVICE_FAILED, "the model could not be loaded")
             log.exception("the model could not be loaded")
             return
@@ -111,7 +111,7 @@ class DeviceThread(Generic[M]):
             try:
                 while not self._stopping and self._tick(model):
                     pass
-            except Exception:  # the thread's outermost frame: nobody above could log it
+            except BaseException:  # the thread's outermost frame; a library's panic is no Exception
                 self._fail(EXIT_DEVICE_FAILED, "the device failed")
                 log.exception("the device's thread failed, the process ends")
                 if self._on_loss is not None:

@@ -1,6 +1,7 @@
 """The only torch in `shared`: devices and dtypes, what fits there, and tensors as safetensors bytes, uncopied."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -133,7 +134,10 @@ def quantize(
         Quantization.INT8: torchao.Int8WeightOnlyConfig,
         Quantization.INT8_DYNAMIC: torchao.Int8DynamicActivationInt8WeightConfig,
         Quantization.FP8: torchao.Float8WeightOnlyConfig,
-        Quantization.FP8_DYNAMIC: torchao.Float8DynamicActivationFloat8WeightConfig,
+        # a scale for each row, not for a tensor: what shares a forward must not change each other
+        Quantization.FP8_DYNAMIC: partial(
+            torchao.Float8DynamicActivationFloat8WeightConfig, granularity=torchao.PerRow()
+        ),
     }[kind]
     torchao.quantize_(module, recipe(), filter_fn=wanted, device=device)
 

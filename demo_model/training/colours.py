@@ -23,7 +23,7 @@ from demo_model.training.loop import Losses, Schedule, run_stage
 from demo_model.training.noisy import Draw, Noisy, NoisyBatches
 from demo_model.training.text import TextBatches
 
-SCHEDULE = Schedule(steps=8_000, learning_rate=4e-4)
+SCHEDULE = Schedule(steps=4_500, learning_rate=4e-4)
 PICTURE_TELLS = 0.75  # sigma below which the picture tells more than the text
 
 

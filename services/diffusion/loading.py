@@ -17,7 +17,6 @@ from services.diffusion.loras import check_file, fuse_loras
 from services.diffusion.memory import is_offloaded, require_room, resident_bytes, weights_dtype
 from services.diffusion.model import ModelFacts, Parts, ZImageModel
 from services.diffusion.optimization import (
-    REHEARSAL_TOKENS,
     cache_blocks,
     compile_blocks,
     flags_to_try,
@@ -122,12 +121,13 @@ def _fingerprint(root: Path, settings: DiffusionSettings, dtype: str) -> str:
 
 
 def _rehearse(model: ZImageModel, settings: DiffusionSettings, flags: Sequence[str]) -> None:
-    for rehearsal in rehearsals(settings, limits_of(settings).batch_of):
+    drawn = rehearsals(settings, limits_of(settings).batch_of, takes_masks=model.parts.takes_masks)
+    for rehearsal in drawn:
         size = f"{rehearsal.parameters.width}x{rehearsal.parameters.height}"
         try:
             model.rehearse(
                 rehearsal.parameters,
-                tokens=REHEARSAL_TOKENS,
+                tokens=rehearsal.tokens,
                 negative_tokens=rehearsal.negative_tokens,
                 pictures=rehearsal.pictures,
             )

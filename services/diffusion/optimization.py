@@ -31,9 +31,14 @@ MAX_VARIANTS = 32  # of a compiled block: with and without modulation, a mask, g
 CAUSE_CHARACTERS = 500
 QUANTIZED_PARTS = ("layers.", "noise_refiner.", "context_refiner.")
 """The blocks hold nearly all weights; what stands around them is small, and sensitive."""
+KEPT_WHOLE = ".adaLN_modulation."
+"""What a block does with the time: two hundredths of the weights, sensitive, and multiplied with one row a picture,
+which kernels of 8 bits do not take."""
 REHEARSAL_SIZE, REHEARSAL_TOKENS, REHEARSAL_NEGATIVE_TOKENS = (256, 176), 20, 70
 """Padded, 192 tokens of picture, 32 and 96 of texts: torch.compile takes lengths for the same number that are equal
 here, to each other or to a width of the DiT, and compiles again once they differ."""
+UNPADDED_TOKENS, UNPADDED_NEGATIVE_TOKENS = 32, 64
+"""Of texts that several pictures need no padding for: torch compiles again for how they then lie in memory."""
 PINNED_SHARE = 1.5  # torch takes pinned memory in powers of two
 CACHE_SHARE, CACHE_WARMUP_STEPS = 4, 3  # one block in four always runs, and all do in the first steps
 INSTALL_CACHE_DIT = "`ZIMAGE_EXTRAS=cache make install` adds it (to images: the same variable);"
@@ -80,8 +85,12 @@ def quantize_blocks(transformer: Any, settings: OptionSettings, device: torch.de
         settings.quantization,
         device,
         flag=f"--quantization {settings.quantization}",
-        wanted=lambda module, name: isinstance(module, nn.Linear) and name.startswith(QUANTIZED_PARTS),
+        wanted=_is_quantized,
     )
+
+
+def _is_quantized(module: nn.Module, name: str) -> bool:
+    return isinstance(module, nn.Linear) and name.startswith(QUANTIZED_PARTS) and KEPT_WHOLE not in name
 
 
 def offload(transformer: Any, vae: Any, device: torch.device, mode: OffloadMode) -> None:
@@ -159,22 +168,33 @@ class Rehearsal:
 
     parameters: DiffusionParameters
     pictures: int = 1
+    tokens: int = REHEARSAL_TOKENS
     negative_tokens: int | None = None
 
 
-def rehearsals(settings: OptionSettings, batch_of: Callable[[Shape], int]) -> Sequence[Rehearsal]:
-    """What is drawn at the start: a small picture and, where they are compiled, those of each size that is configured,
-    by two as well where as many of that shape may be drawn together (`batch_of`); then one with guidance, which needs
-    masks."""
+def rehearsals(
+    settings: OptionSettings, batch_of: Callable[[Shape], int], *, takes_masks: bool = True
+) -> Sequence[Rehearsal]:
+    """What is drawn at the start: the sizes that are configured where they are compiled, the largest first, as compiled
+    kernels are chosen for what comes first; then a small one. Each by two as well where as many of that shape may be
+    drawn together (`batch_of`). Then one with guidance, which needs masks (`takes_masks`: the kernels have them)."""
     small = _rehearsal(*REHEARSAL_SIZE)
     sizes = settings.compile_sizes if settings.compile else []
-    guided = small.model_copy(update={"guidance_scale": 1.0})
+    configured = [_rehearsal(*parse_size(size)) for size in sizes]
+    configured.sort(key=lambda parameters: -parameters.width * parameters.height)
     drawn: list[Rehearsal] = []
-    for parameters in (small, *(_rehearsal(*parse_size(size)) for size in sizes)):
+    for parameters in (*configured, small):
         shape = shape_of(parameters, text=REHEARSAL_TOKENS, negative=None, loras=())
         counts = range(1, min(2, batch_of(shape)) + 1)
         drawn += [Rehearsal(parameters=parameters, pictures=count) for count in counts]
-    return [*drawn, Rehearsal(parameters=guided, negative_tokens=REHEARSAL_NEGATIVE_TOKENS)]
+    guided = small.model_copy(update={"guidance_scale": 1.0})
+    alike = settings.cache_dit and not takes_masks  # other texts are refused then
+    drawn.append(Rehearsal(parameters=guided, negative_tokens=REHEARSAL_TOKENS if alike else REHEARSAL_NEGATIVE_TOKENS))
+    if settings.compile:
+        if drawn[-2].pictures > 1:
+            drawn.append(Rehearsal(parameters=small, pictures=2, tokens=UNPADDED_TOKENS))
+        drawn.append(Rehearsal(parameters=guided, tokens=UNPADDED_TOKENS, negative_tokens=UNPADDED_NEGATIVE_TOKENS))
+    return drawn
 
 
 def flags_to_try(settings: OptionSettings) -> Sequence[str]:

@@ -69,15 +69,15 @@ def admissible(
 ) -> list[P]:
     """The waiting pictures that can be begun now; `fits` says whether pictures of these shapes can be in the making.
 
-    One whose group is full is passed over, as its turn comes when the group's first is done. One that does not fit
-    into memory holds up all behind it: if smaller ones went first it might wait forever.
+    One whose group is full is passed over, as its turn comes when the group's first has made its steps. One that does
+    not fit into memory holds up all behind it: if smaller ones went first it might wait forever.
     """
     begun: list[Picture] = list(running)
     chosen: list[P] = []
     for one in in_line(waiting):
         if len(begun) >= limits.running:
             break
-        if not _may_join(one, [other for other in begun if other.shape == one.shape], limits):
+        if not _may_join(one, [other for other in begun if other.steps_left and other.shape == one.shape], limits):
             continue
         if not fits([*(other.shape for other in begun), one.shape]):
             break
@@ -100,10 +100,11 @@ def _may_join(one: Picture, group: Sequence[Picture], limits: Limits) -> bool:
 
 
 def next_group(running: Iterable[P], limits: Limits) -> Sequence[P]:
-    """The pictures that make the next step together; none when nothing is in the making."""
+    """The pictures that make the next step together; none when none has a step to make."""
     groups: defaultdict[Shape, list[P]] = defaultdict(list)
     for one in running:
-        groups[one.shape].append(one)
+        if one.steps_left:
+            groups[one.shape].append(one)
     if not groups:
         return []
     group = min(groups.values(), key=lambda members: min((one.turn, one.number) for one in members))
@@ -111,10 +112,11 @@ def next_group(running: Iterable[P], limits: Limits) -> Sequence[P]:
     return group[: limits.batch_of(group[0].shape)]
 
 
-def decoded_together(finished: Iterable[P], limits: Limits) -> list[Sequence[P]]:
-    """Finished pictures of one size in the parts in which they are decoded."""
-    pictures = list(finished)
-    if not pictures:
+def next_decoded(running: Iterable[P], limits: Limits) -> Sequence[P]:
+    """The pictures without a step to make that are decoded together next: the oldest one, and others of its size."""
+    finished = sorted((one for one in running if not one.steps_left), key=lambda one: one.number)
+    if not finished:
         return []
-    count = max(1, limits.decode_pixels // pictures[0].shape.pixels)
-    return [pictures[start : start + count] for start in range(0, len(pictures), count)]
+    size = (finished[0].shape.width, finished[0].shape.height)
+    alike = [one for one in finished if (one.shape.width, one.shape.height) == size]
+    return alike[: max(1, limits.decode_pixels // finished[0].shape.pixels)]

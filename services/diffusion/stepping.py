@@ -1,7 +1,8 @@
 """The device thread's side of the engine: pictures that wait, pictures in the making, and the tick that moves them on.
 
-A tick begins what can be begun and makes one step for one group. Whatever happens to one picture, the others go on; an
-error after which the device answers no more ends all of them, each with its reason.
+A tick begins what can be begun, decodes a part of what is finished, and makes one step for one group: who gives a
+picture up waits for no more than that. Whatever happens to one picture, the others go on; an error after which the
+device answers no more ends all of them, each with its reason.
 """
 
 import logging
@@ -14,7 +15,7 @@ import structlog
 from services.diffusion.denoising import Denoising
 from services.diffusion.jobs import Drawn, PictureJob, Sketch, Waits
 from services.diffusion.model import ZImageModel
-from services.diffusion.order import Limits, admissible, decoded_together, in_line, next_group
+from services.diffusion.order import Limits, admissible, in_line, next_decoded, next_group
 from services.diffusion.shapes import Shape
 from shared.errors import (
     InternalError,
@@ -27,6 +28,8 @@ from shared.schemas.diffusion import NEGATIVE, TEXT
 from shared.tensors import DEVICE_ERROR, describe
 
 RETRY_AFTER_S = 5
+BEGINNING_S = 0.05  # pictures are begun for so long before those in the making go on; one always is
+PROVEN_STEPS = 32  # of as many pictures as fit, after which one more is tried
 OVERFLOWED = "The model's numbers overflowed {where}; try another seed or float32 weights."
 
 log = structlog.get_logger(__name__)
@@ -41,6 +44,8 @@ class StepScheduler:
         self._memory_bytes = memory_bytes
         self._free_bytes: int | None = None
         self._most: dict[Shape, int] = {}  # pictures that fitted into a step after more of them had not
+        self._proven: dict[Shape, int] = {}  # steps of so many that went well
+        self._settled = False  # nothing has changed since no waiting picture could be begun
         self._waiting: list[PictureJob] = []
         self._running: list[PictureJob] = []
         self._refused: ServiceError | None = None
@@ -71,6 +76,7 @@ class StepScheduler:
                 raise self._refused
             self.check_room()
             self._waiting.append(job)
+            self._settled = False
             self._tell_places()
 
     def drop(self, job: PictureJob) -> None:
@@ -79,6 +85,7 @@ class StepScheduler:
         with self._lock:
             if job in self._waiting:
                 self._waiting.remove(job)
+                self._settled = False
                 self._tell_places()
 
     def refuse_all(self, begun: ServiceError, waiting: ServiceError) -> None:
@@ -97,12 +104,19 @@ class StepScheduler:
         What it raises says that every further call of the device fails: only a new process helps.
         """
         self._let_go()
-        self._begin_waiting(model)
-        group = next_group(self._running, self.limits)
+        self._admit(model)
+        self._begin_admitted(model)
+        finished = next_decoded(self._begun(), self.limits)
+        if finished:
+            self._decode(model, finished)
+        group = next_group(self._begun(), self.limits)
         if group:
             self._ticks += 1
             self._step(model, group[: self._most.get(group[0].shape)])
         return bool(self._running or self._waiting)
+
+    def _begun(self) -> list[PictureJob]:
+        return [job for job in self._running if job.denoising is not None]
 
     def _let_go(self) -> None:
         """Pictures that were given up leave between two steps."""
@@ -110,10 +124,12 @@ class StepScheduler:
             if job.cancelled:
                 log.info("picture cancelled", request_id=job.request.request_id, step=job.step)
                 job.let_go()
+                self._settled = False
         self._running = [job for job in self._running if not job.cancelled]
 
-    def _begin_waiting(self, model: ZImageModel) -> None:
-        if not self._waiting:
+    def _admit(self, model: ZImageModel) -> None:
+        """Moves waiting pictures among those in the making, where there is room for them."""
+        if not self._waiting or (self._running and self._settled):
             return
         if not self._running:  # only then is what is free not what pictures in the making have left over
             self._measure(model)
@@ -127,18 +143,17 @@ class StepScheduler:
                 chosen = head
             self._waiting = [job for job in self._waiting if job not in chosen]
             self._running += [] if too_large else chosen
+            self._settled = not too_large
             self._tell_places()
-        if chosen and not too_large:
+        if too_large:
+            chosen[0].fail(OutOfMemory("The device has too little free memory for this picture.", retry_after_s=10))
+        elif chosen:
             model.make_room([job.shape for job in self._running], self._free_bytes)
-        for job in chosen:
-            if too_large:
-                job.fail(OutOfMemory("The device has too little free memory for this picture.", retry_after_s=10))
-            else:
-                self._begin(model, job)
 
     def _measure(self, model: ZImageModel) -> None:
         """Looks how much memory there is for pictures, which other programs on the device change too."""
         self._most.clear()
+        self._proven.clear()
         self._free_bytes = model.free_bytes() if self._memory_bytes is None else self._memory_bytes
         if self._free_bytes is not None:
             model.footprint.tile_within(self._free_bytes)
@@ -147,6 +162,14 @@ class StepScheduler:
         return admissible(
             self._waiting, self._running, self.limits, lambda shapes: model.fits(shapes, self._free_bytes)
         )
+
+    def _begin_admitted(self, model: ZImageModel) -> None:
+        """Begins pictures, not all at once where that takes long: others are in the making."""
+        end = time.monotonic() + BEGINNING_S
+        for job in [job for job in self._running if job.denoising is None]:
+            self._begin(model, job)
+            if time.monotonic() > end:
+                return
 
     def _begin(self, model: ZImageModel, job: PictureJob) -> None:
         request = job.request
@@ -173,12 +196,23 @@ class StepScheduler:
             self._look_at(model, group, error)
             if isinstance(error, OutOfMemory):
                 self._most[group[0].shape] = len(group) // 2
+                self._proven[group[0].shape] = 0
             for half in (group[: len(group) // 2], group[len(group) // 2 :]):
                 self._step(model, half)
             return
+        self._prove(group)
         for job in group:
             self._note_step(model, job, overflowed)
-        self._finish(model, [job for job in group if job.denoising is not None and job.denoising.finished])
+
+    def _prove(self, group: Sequence[PictureJob]) -> None:
+        """A step went well: after many of them a group that was made smaller is tried with one picture more."""
+        shape = group[0].shape
+        if len(group) != self._most.get(shape):
+            return
+        self._proven[shape] = self._proven.get(shape, 0) + 1
+        if self._proven[shape] >= PROVEN_STEPS:
+            self._most[shape] += 1
+            self._proven[shape] = 0
 
     def _note_step(self, model: ZImageModel, job: PictureJob, overflowed: Sequence[Denoising]) -> None:
         job.turn = self._ticks
@@ -187,7 +221,12 @@ class StepScheduler:
             self._end(job, NumericalError(OVERFLOWED.format(where=f"at step {job.step} of {steps}")))
             return
         job.tell(job.told_step())
-        if job.denoising is not None and job.wants_sketch():
+        if job.request.parameters.cfg_truncation < 1:  # its next step may have another shape
+            self._settled = False
+        if not job.steps_left:
+            job.timings.denoise = time.monotonic() - job.begun_at
+            self._settled = False
+        elif job.denoising is not None and job.wants_sketch():
             self._sketch(model, job, job.denoising)
 
     def _sketch(self, model: ZImageModel, job: PictureJob, denoising: Denoising) -> None:
@@ -199,15 +238,8 @@ class StepScheduler:
         if pixels is not None:
             job.tell(Sketch(job.step, pixels))
 
-    def _finish(self, model: ZImageModel, finished: Sequence[PictureJob]) -> None:
-        """Decodes pictures of one size whose steps are done, unless nobody waits for them any more."""
-        wanted = [job for job in finished if job in self._running and not job.cancelled]
-        for job in wanted:
-            job.timings.denoise = time.monotonic() - job.begun_at
-        for part in decoded_together(wanted, self.limits):
-            self._decode(model, part)
-
     def _decode(self, model: ZImageModel, jobs: Sequence[PictureJob]) -> None:
+        """Makes pixels of pictures of one size whose steps are done."""
         started = time.monotonic()
         try:
             arrays = model.decode(_denoisings(jobs))
@@ -225,8 +257,7 @@ class StepScheduler:
             if pixels is None:
                 self._end(job, NumericalError(OVERFLOWED.format(where="while it was decoded")))
             else:
-                self._running.remove(job)
-                job.let_go()
+                self._leave(job)
                 job.resolve(Drawn(pixels))
                 model.footprint.note_success()
 
@@ -251,9 +282,14 @@ class StepScheduler:
             model.check_device()
 
     def _end(self, job: PictureJob, error: ServiceError) -> None:
-        self._running.remove(job)
-        job.let_go()
+        self._leave(job)
         job.fail(error)
+
+    def _leave(self, job: PictureJob) -> None:
+        """It is no longer in the making; all may have been taken out of it already, while the device worked."""
+        self._running = [other for other in self._running if other is not job]
+        self._settled = False
+        job.let_go()
 
     def _tell_places(self) -> None:
         for place, job in enumerate(in_line(self._waiting), start=1):

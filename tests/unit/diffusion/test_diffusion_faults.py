@@ -1,6 +1,7 @@
 """Faults inside the engine: what breaks takes nobody with it, unless the device itself is lost."""
 
 import asyncio
+import time
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -10,9 +11,9 @@ import numpy as np
 import pytest
 import structlog
 import torch
-from engines import ONE_BY_ONE, draw, drawn_by, hold, pixels_of, queue, request, running
+from engines import LIMITS, ONE_BY_ONE, draw, drawn_by, hold, pixels_of, queue, request, running
 from fakes import WatchedModel, embeddings
-from inprocess import eventually
+from inprocess import PATIENCE_S, eventually
 
 from services.diffusion.denoising import Denoising
 from services.diffusion.engine import DiffusionEngine, PreviewReady
@@ -84,6 +85,45 @@ async def test_a_group_that_is_too_large_goes_on_in_halves(model: WatchedModel) 
         await asyncio.gather(first, *tasks)
         assert model.footprint.together(shapes) > before, "what did not fit is expected to take more from now on"
     assert [len(group) for group in model.steps].count(4) == 1, "what did not fit is not tried at every step"
+
+
+async def test_a_group_that_went_on_in_halves_grows_again(model: WatchedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.diffusion.stepping.PROVEN_STEPS", 3)
+    full = [FULL]
+    async with running(model) as engine:
+        engine.pictures.max_waiting = 10
+        first = await hold(engine, model, seed=1, steps=12)
+        tasks = await queue(engine, 3, steps=12)
+        model.break_group = lambda group: full.pop() if full and len(group) == 4 else None
+        model.gate.set()
+        await asyncio.gather(first, *tasks)
+    sizes = [len(group) for group in model.steps]
+    assert sizes[1:5] == [4, 2, 2, 2]
+    assert sizes.index(3) < len(sizes) - 1 - sizes[::-1].index(4)
+
+
+async def test_who_leaves_while_others_are_decoded_is_not_decoded(
+    model: WatchedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = asyncio.get_running_loop()
+    async with running(model, replace(LIMITS, decode_pixels=1)) as engine:
+        first = await hold(engine, model, seed=1, steps=2)
+        tasks = await queue(engine, 3, steps=1)
+        decode = model.decode
+
+        def leaving(pictures: Sequence[Denoising]) -> Sequence[Any]:
+            loop.call_soon_threadsafe(tasks[1].cancel)
+            end = time.monotonic() + PATIENCE_S
+            while not any(job.cancelled for job in engine.pictures.running) and time.monotonic() < end:
+                time.sleep(0.002)
+            monkeypatch.setattr(model, "decode", decode)
+            return decode(pictures)
+
+        monkeypatch.setattr(model, "decode", leaving)
+        model.gate.set()
+        ends = await asyncio.gather(first, *tasks, return_exceptions=True)
+    assert [isinstance(end, asyncio.CancelledError) for end in ends] == [False, False, True, False]
+    assert model.decoded == [(1,), (100,), (102,)]
 
 
 async def test_a_picture_too_large_to_be_decoded_whole_is_decoded_in_tiles(model: WatchedModel) -> None:

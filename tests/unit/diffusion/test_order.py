@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.diffusion.order import Limits, admissible, decoded_together, in_line, next_group
+from services.diffusion.order import Limits, admissible, in_line, next_decoded, next_group
 from services.diffusion.shapes import Shape
 from shared.schemas.fields import Priority
 
@@ -156,11 +156,22 @@ def test_how_many_share_a_step(shape: Shape, expected: int) -> None:
 
 @pytest.mark.parametrize(("shape", "parts"), [(SMALL, [3, 3, 1]), (LARGE, [1] * 7)])
 def test_how_many_are_decoded_together(shape: Shape, parts: list[int]) -> None:
-    finished = [Job(number, shape) for number in range(7)]
-    together = decoded_together(finished, LIMITS)
+    finished = [Job(number, shape, steps=0) for number in range(7)]
+    running = [Job(7, shape), *finished, Job(8, replace(shape, width=128), steps=0)]
+    together = []
+    for _ in parts:
+        together.append(next_decoded(running, LIMITS))
+        running = [job for job in running if job not in together[-1]]
     assert [len(part) for part in together] == parts
     assert [job for part in together for job in part] == finished
 
 
+def test_what_is_done_waits_for_its_decoding_without_a_step_and_makes_room_in_its_group() -> None:
+    running = [Job(number, steps=0) for number in range(3)]
+    assert next_group(running, LIMITS) == []
+    waiting = [Job(number) for number in range(3, 6)]
+    assert admissible(waiting, running, LIMITS, anything) == waiting
+
+
 def test_nothing_to_do() -> None:
-    assert next_group([], LIMITS) == admissible([], [], LIMITS, anything) == decoded_together([], LIMITS) == []
+    assert next_group([], LIMITS) == admissible([], [], LIMITS, anything) == next_decoded([], LIMITS) == []

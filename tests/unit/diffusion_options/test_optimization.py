@@ -25,7 +25,8 @@ from services.diffusion.settings import DiffusionSettings
 from shared.checkpoint import UnusableModel
 from shared.device_thread import EXIT_UNUSABLE_MODEL
 from shared.errors import InvalidField
-from shared.settings import InvalidSettings, read_settings
+from shared.settings import InvalidSettings, Quantization, read_settings
+from shared.tensors import quantize
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -76,7 +77,9 @@ class TestFlashAttention:
         monkeypatch.setattr(attention_dispatch, "_CAN_USE_FLASH_ATTN", False)
         monkeypatch.setattr(attention_dispatch, "_CAN_USE_FLASH_ATTN_3", False)
         transformer = load_pipeline(tiny_checkpoint_bf16, torch.bfloat16).transformer
-        with pytest.raises(UnusableModel, match=r"flash-attn 2\.6\.3 or newer: install it with `uv pip install") as no:
+        with pytest.raises(
+            UnusableModel, match=r"flash-attn 2\.6\.3 or newer: install it with `--no-build-isolation`"
+        ) as no:
             use_kernels(transformer, CUDA, FLASH_ATTN, "--flash-attn")
         assert "\n" not in str(no.value)
 
@@ -145,12 +148,17 @@ class TestCompile:
         model, plain = load(tiny_checkpoint, compile=True), load(tiny_checkpoint)
         counters = torch._dynamo.utils.counters
         compiled = counters["stats"]["unique_graphs"]
-        # the block with and without modulation, for one picture, for several and with guidance: before the first
-        assert compiled == 6
+        # the block with and without modulation, for one picture, for several, with guidance, and for several and with
+        # guidance where texts need no padding: before the first
+        assert compiled == 8
         for case in ({}, {"tokens": 70}, {"height": 128}, {"height": 144, "tokens": 96}):
             assert abs(draw(model, **case) - draw(plain, **case)).max() <= 1
-        for case in ({"guidance": 2.5}, {"guidance": 2.5, "negative_tokens": 140}):
+        for case in ({"guidance": 2.5}, {"guidance": 2.5, "negative_tokens": 140}, {"guidance": 2.5, "tokens": 32}):
             assert abs(draw(model, **case) - draw(plain, **case)).max() <= 1
+        for guidance, tokens in ((0.0, 32), (0.0, 64), (2.5, 64)):
+            model.rehearse(
+                parameters(guidance_scale=guidance), tokens=tokens, pictures=2, negative_tokens=64 if guidance else None
+            )
         assert counters["stats"]["unique_graphs"] == compiled, "another size must not compile again"
         assert not counters["graph_break"]
 
@@ -259,6 +267,17 @@ class TestQuantization:
         weights = model.parts.transformer.layers[0].feed_forward.w1.weight
         assert type(weights) is not type(plain.parts.transformer.layers[0].feed_forward.w1.weight)
         assert type(model.parts.transformer.t_embedder.mlp[0].weight) is torch.nn.Parameter
+        assert type(model.parts.transformer.layers[0].adaLN_modulation[0].weight) is torch.nn.Parameter
+
+    def test_in_products_of_fp8_what_shares_a_forward_has_scales_of_its_own(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        torchao = pytest.importorskip("torchao.quantization", reason="the extra `quantization` is not installed")
+        used: list[Any] = []
+        monkeypatch.setattr("shared.tensors._multiplies_fp8", lambda _: True)
+        monkeypatch.setattr(torchao, "quantize_", lambda _, recipe, **__: used.append(recipe))
+        quantize(torch.nn.Linear(8, 8), Quantization.FP8_DYNAMIC, CPU, flag="--quantization", wanted=lambda *_: True)
+        assert [type(granularity) for granularity in used[0].granularity] == [torchao.PerRow] * 2
 
     @pytest.mark.parametrize("kind", ["int8", "int8_dynamic", "fp8"])
     def test_loras_are_added_to_them(self, tiny_checkpoint_bf16: Path, tmp_path: Path, kind: str) -> None:
@@ -272,7 +291,9 @@ class TestQuantization:
     @pytest.mark.parametrize("kind", ["int8", "fp8"])
     def test_it_needs_the_package(self, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
         monkeypatch.setitem(sys.modules, "torchao", None)
-        with pytest.raises(UnusableModel, match=rf"^--quantization {kind} needs the package torchao: install it with"):
+        with pytest.raises(
+            UnusableModel, match=rf"^--quantization {kind} needs the package torchao: `ZIMAGE_EXTRAS=quanti"
+        ):
             load(tiny_checkpoint, quantization=kind)
 
     def test_compiled_weights_of_8_bits_crash_on_a_cpu(self, tiny_checkpoint: Path) -> None:
@@ -317,6 +338,16 @@ class TestCacheDit:
         model.start(parameters(), embeddings(40), None)
         assert begun == [4, 4, 4]
 
+    def test_what_is_drawn_at_the_start_can_be_compared(self, tiny_checkpoint: Path) -> None:
+        plain = load(tiny_checkpoint)
+        parts = replace(plain.parts, before_picture=lambda _: None, takes_masks=False)
+        settings = DiffusionSettings(model_path=tiny_checkpoint, cache_dit=True)
+        for one in rehearsals(settings, lambda _: 1, takes_masks=False):
+            ZImageModel(parts, plain.footprint).rehearse(
+                one.parameters, tokens=one.tokens, negative_tokens=one.negative_tokens
+            )
+        assert one.parameters.guidance_scale > 0
+
     def test_loras_are_switched(self, tiny_checkpoint_bf16: Path, tmp_path: Path) -> None:
         pytest.importorskip("cache_dit", reason="the extra `cache` is not installed")
         write_original(tmp_path, load_pipeline(tiny_checkpoint_bf16, torch.bfloat16).transformer)
@@ -327,7 +358,9 @@ class TestCacheDit:
 
     def test_it_needs_the_package(self, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "cache_dit", None)
-        with pytest.raises(UnusableModel, match=r"^--cache-dit needs the package cache-dit: install it with"):
+        with pytest.raises(
+            UnusableModel, match=r"^--cache-dit needs the package cache-dit: `ZIMAGE_EXTRAS=cache make install`"
+        ):
             load(tiny_checkpoint, cache_dit=True)
 
     def test_pictures_are_made_one_at_a_time(self, tiny_checkpoint: Path) -> None:
@@ -366,7 +399,10 @@ def test_sizes_to_compile_for(text: str, monkeypatch: pytest.MonkeyPatch) -> Non
     sizes = (256, 176), (512, 512), (1024, 768)
     drawn = rehearsals(settings, lambda shape: 1 if shape.pixels > 512 * 512 else 8)
     assert [((one.parameters.width, one.parameters.height), one.pictures, one.negative_tokens) for one in drawn] == [
-        *((size, count, None) for size in sizes[:2] for count in (1, 2)),
         (sizes[2], 1, None),
+        *((size, count, None) for size in (sizes[1], sizes[0]) for count in (1, 2)),
         (sizes[0], 1, 70),
+        (sizes[0], 2, None),
+        (sizes[0], 1, 64),
     ]
+    assert [one.tokens for one in drawn] == [20] * 6 + [32] * 2

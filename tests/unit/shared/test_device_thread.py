@@ -119,13 +119,18 @@ async def test_a_model_that_cannot_be_loaded(load: Callable[[], str], status: in
     await device.stop()
 
 
-async def test_a_tick_that_breaks_ends_the_thread_and_asks_for_an_exit() -> None:
+class Panic(BaseException):
+    """As libraries in Rust raise it."""
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a library's own text"), Panic()])
+async def test_a_tick_that_breaks_ends_the_thread_and_asks_for_an_exit(error: BaseException) -> None:
     statuses: list[int] = []
     ticks: list[int] = []
 
     def tick(_: str) -> bool:
         ticks.append(1)
-        raise RuntimeError("a library's own text")
+        raise error
 
     device = DeviceThread("test", load=lambda: "m", tick=tick, on_failure=statuses.append)
     device.start()
