@@ -5,12 +5,14 @@ Reads JSON and safetensors headers only; imports no torch.
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from shared.wire import ITEM_BYTES, Header, WireError, read_file_header
 
+HEAD = "lm_head.weight"
+"""What a language model writes with: absent where it is tied to the embeddings, and from models that only read."""
 _FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 
 
@@ -32,9 +34,24 @@ def require_parts(model_path: Path, *parts: str) -> Path:
 
 
 def require_weights(folder: Path) -> None:
-    """Checks that every weight file is readable safetensors, and that there is one. Raises UnusableModel."""
+    """Checks that every weight file is there and readable safetensors, and that there is one. Raises UnusableModel."""
     if not list(weight_headers(folder)):
         raise UnusableModel(f"{folder} holds no .safetensors weights; pickled weights (.bin, .pt) are never loaded")
+    for index in sorted(folder.glob("*.safetensors.index.json")):  # names for each tensor its file
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, Mapping):
+            raise UnusableModel(f"{index} does not say which file holds which weights")
+        missing = sorted({str(name) for name in shards.values() if not (folder / str(name)).is_file()})
+        if missing:
+            raise UnusableModel(f"{folder} is not complete: {', '.join(missing)} is missing")
+
+
+def require_every_weight(folder: Path, missing: Iterable[str]) -> None:
+    """Raises UnusableModel where loading a folder found no weights under the names `missing`: libraries fill in random
+    ones."""
+    names = sorted(missing)
+    if names:
+        raise UnusableModel(f"{folder} is not complete: it lacks {names[0]}, one of {len(names)} weights that it needs")
 
 
 def weight_headers(folder: Path) -> Iterator[Header]:

@@ -32,7 +32,7 @@ from services.diffusion.order import Limits
 from services.diffusion.preview import PreviewMap, example_picture, fit_preview
 from services.diffusion.settings import DiffusionSettings
 from services.diffusion.shelf import Shelf, default_files
-from shared.checkpoint import UnusableModel, read_json, require_parts, require_weights
+from shared.checkpoint import UnusableModel, read_json, require_every_weight, require_parts, require_weights
 from shared.errors import InvalidField, OutOfMemory
 from shared.fingerprint import fingerprint_of, fingerprint_of_files
 from shared.settings import Quantization
@@ -181,7 +181,10 @@ def _fit_preview(vae: Any) -> PreviewMap | None:
 def _load(kind: Any, folder: Path, settings: DiffusionSettings) -> Any:
     require_weights(folder)
     dtype = weights_dtype(folder, settings)
-    loaded = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+    loaded, loading = kind.from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+    )
+    require_every_weight(folder, loading["missing_keys"])
     return loaded.eval().requires_grad_(requires_grad=False)
 
 

@@ -9,6 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from shared.addresses import ServiceUrls
 from shared.schemas.fields import (
+    MAX_TIMEOUT_S,
     Alpha,
     BlendMode,
     GuidanceScale,
@@ -165,7 +166,11 @@ class GatewaySettings(UpstreamSettings, DataSettings, VisionSettings):
         300.0, key="server.rewrite_timeout_s", gt=0, description="deadline of a rewriting, in seconds"
     )
     generate_timeout_s: float = setting(
-        600.0, key="server.generate_timeout_s", gt=0, description="deadline of a picture, waiting included, in seconds"
+        600.0,
+        key="server.generate_timeout_s",
+        gt=0,
+        le=MAX_TIMEOUT_S,
+        description="deadline of a picture, waiting included, in seconds",
     )
     resend_timeout_s: float = setting(
         120.0,

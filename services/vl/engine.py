@@ -12,6 +12,7 @@ import structlog
 from services.vl.images import read_picture
 from services.vl.jobs import DescribeJob, Extraction, ExtractJob
 from services.vl.model import Inputs, ModelFacts, VisionModel
+from shared.checkpoint import UnusableModel
 from shared.device_thread import DeviceThread, device_failed, not_begun
 from shared.errors import InternalError, QueueFull, ServiceError, Unready
 from shared.jobs import Job
@@ -208,6 +209,9 @@ def _try(job: Job[T], work: Callable[[], None]) -> None:
         work()
     except ServiceError as error:
         job.fail(error)
+    except UnusableModel as error:  # of weights that come and go
+        log.error("the vision-language model cannot be used", reason=str(error))  # noqa: TRY400 - the sentence says it
+        job.fail(Unready("Not ready: the vision-language model's files are not as they were at the start."))
     except DEVICE_ERROR:
         job.fail(device_failed())
         raise  # after it every call of the device fails: only a new process helps

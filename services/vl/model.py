@@ -22,7 +22,15 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from services.vl.settings import VlSettings
 from services.vl.tokens import ASSISTANT, ENDS, Layout
 from services.vl.writing import Writing
-from shared.checkpoint import UnusableModel, checkpoint_dtype, read_json, require_weights, weight_bytes
+from shared.checkpoint import (
+    HEAD,
+    UnusableModel,
+    checkpoint_dtype,
+    read_json,
+    require_every_weight,
+    require_weights,
+    weight_bytes,
+)
 from shared.errors import InvalidField, NumericalError, OutOfMemory
 from shared.fingerprint import fingerprint_of
 from shared.language.options import Sampling
@@ -71,8 +79,17 @@ class Inputs:
 class VisionModel:
     """A Qwen3-VL directory. What touches the weights belongs to the device's thread; `prepare` is safe in any."""
 
-    def __init__(self, folder: Path, processor: Any, layout: Layout, facts: ModelFacts, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        processor: Any,
+        layout: Layout,
+        facts: ModelFacts,
+        dtype: torch.dtype,
+        fingerprint: Callable[[], str],
+    ) -> None:
         self.facts = facts
+        self._fingerprint = fingerprint
         self._folder, self._processor, self._layout, self._dtype = folder, processor, layout, dtype
         self._device = torch.device(facts.device)
         self._weights: Any = None
@@ -115,9 +132,12 @@ class VisionModel:
         )
 
     def load(self) -> None:
-        """Brings the weights to the device, if they are not there. Raises OutOfMemory, UnusableModel."""
+        """Brings the weights to the device, if they are not there. Raises OutOfMemory, and UnusableModel for files that
+        are not whole, or not those of the start, under whose fingerprint embeddings are kept."""
         if self.loaded:
             return
+        if self._fingerprint() != self.facts.fingerprint:
+            raise UnusableModel(f"the files in {self._folder} are not those that were there at the start")
         needed = weight_bytes(self._folder, self._dtype.itemsize)
         try:
             self.require_room(needed)
@@ -128,9 +148,10 @@ class VisionModel:
         log.info("vision-language model loaded", device=self.facts.device, dtype=self.facts.dtype)
 
     def _read_weights(self) -> Any:
-        weights = Qwen3VLForConditionalGeneration.from_pretrained(
-            self._folder, dtype=self._dtype, use_safetensors=True, local_files_only=True
+        weights, loading = Qwen3VLForConditionalGeneration.from_pretrained(
+            self._folder, dtype=self._dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
+        require_every_weight(self._folder, set(loading["missing_keys"]) - {HEAD})
         return weights.to(self._device).eval().requires_grad_(requires_grad=False)
 
     def unload(self) -> None:
@@ -218,6 +239,7 @@ def load_vision_model(settings: VlSettings) -> VisionModel:
         width, layers, image = text["hidden_size"], text["num_hidden_layers"], config["image_token_id"]
     except (KeyError, TypeError):
         raise UnusableModel(f"{folder / 'config.json'} lacks what a Qwen3-VL model needs") from None
+    fingerprint = partial(fingerprint_of, [folder], f"{name} {target_std!r} {dict(processor.size)}")
     facts = ModelFacts(
         name=folder.resolve().name,
         path=str(folder),
@@ -226,11 +248,11 @@ def load_vision_model(settings: VlSettings) -> VisionModel:
         dtype=name,
         device=str(device),
         target_std=target_std,
-        fingerprint=fingerprint_of([folder], f"{name} {target_std!r} {dict(processor.size)}"),
+        fingerprint=fingerprint(),
         ends=_ends(config, tokenizer),
         openings={choice: _opening(tokenizer, enable_thinking=choice) for choice in (None, True, False)},
     )
-    return VisionModel(folder, processor, Layout(tokenizer.backend_tokenizer, image), facts, dtype)
+    return VisionModel(folder, processor, Layout(tokenizer.backend_tokenizer, image), facts, dtype, fingerprint)
 
 
 def _cut(model: Any, layers: int) -> tuple[Any, nn.Module]:

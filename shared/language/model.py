@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 from transformers import Qwen3ForCausalLM
 
 from shared.chat import IM_END
-from shared.checkpoint import UnusableModel, read_json, require_weights
+from shared.checkpoint import HEAD, UnusableModel, read_json, require_every_weight, require_weights
 from shared.errors import InvalidField, Unready
 from shared.language.batch import Batch
 from shared.language.options import Message, Prompt
@@ -83,9 +83,11 @@ def load_qwen3(folder: Path, *, device: torch.device, dtype: torch.dtype) -> tup
     model, loading = Qwen3ForCausalLM.from_pretrained(
         folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
     )
+    missing = set(loading["missing_keys"])
+    require_every_weight(folder, missing - {HEAD})
     if set(model.config.layer_types) != {"full_attention"}:
         raise UnusableModel(f"{folder} has layers of another kind than full attention, which this server cannot run")
-    return model.to(device).eval().requires_grad_(requires_grad=False), "lm_head.weight" not in loading["missing_keys"]
+    return model.to(device).eval().requires_grad_(requires_grad=False), HEAD not in missing
 
 
 def _ends(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -135,9 +135,14 @@ def in_header(text: str) -> str:
 
 
 def _headers_of_all(made: Sequence[Generated]) -> dict[str, str]:
-    """Of an answer with several pictures: the longest of their times, the first of their seeds."""
-    seconds = max(one.seconds for one in made)
-    return {"X-Generation-Time": f"{seconds:.3f}", "X-Seed": str(made[0].parameters.seed)}
+    """Of an answer with several pictures: the longest of their times, the first of their seeds, what they share."""
+    first, seconds = made[0], max(one.seconds for one in made)
+    return {
+        "X-Generation-Time": f"{seconds:.3f}",
+        "X-Seed": str(first.parameters.seed),
+        **_prompts(first),
+        **_vision(first.parameters),
+    }
 
 
 def _as_json(made: Sequence[Generated]) -> str:

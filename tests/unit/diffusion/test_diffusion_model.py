@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoints import forget_weights
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
 from fakes import TEXT_WIDTH, embeddings, parameters
 
@@ -348,6 +349,14 @@ def test_pickled_or_truncated_weights_are_refused(tiny_checkpoint: Path, tmp_pat
     weights.unlink()
     torch.save({"a": torch.ones(1)}, weights.with_suffix(".bin"))
     with pytest.raises(UnusableModel, match="pickled"):
+        load(folder)
+
+
+@pytest.mark.parametrize(("part", "lost"), [("transformer", "layers.0.feed_forward.w1"), ("vae", "decoder.conv_out")])
+def test_weights_that_lack_some_are_refused(tiny_checkpoint: Path, tmp_path: Path, part: str, lost: str) -> None:
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))
+    forget_weights(folder / part, lost)
+    with pytest.raises(UnusableModel, match=f"is not complete: it lacks {lost}"):
         load(folder)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import forget_weights
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from services.encoder.model import TextEncoder, load_text_encoder
@@ -184,4 +185,11 @@ def test_pickled_weights_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> N
     torch.save({"a": torch.ones(1)}, weights.with_name("pytorch_model.bin"))
     weights.unlink()
     with pytest.raises(UnusableModel, match="pickled"):
+        load_text_encoder(EncoderSettings(model_path=folder, text_encoder_device="cpu"))
+
+
+def test_weights_that_lack_a_layer_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))
+    forget_weights(folder / "text_encoder", "layers.1.mlp.")
+    with pytest.raises(UnusableModel, match=r"not complete: it lacks model\.layers\.1\.mlp\..*, one of 3 weights"):
         load_text_encoder(EncoderSettings(model_path=folder, text_encoder_device="cpu"))

@@ -112,6 +112,17 @@ def test_one_broken_shard_among_good_ones(tmp_path: Path) -> None:
         require_weights(tmp_path)
 
 
+def test_a_shard_that_the_index_names_is_missing(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(4)}, tmp_path / "model-1.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}))
+    with pytest.raises(UnusableModel, match=r"is not complete: model-2\.safetensors is missing"):
+        require_weights(tmp_path)
+    index.write_text('{"weight_map": []}')
+    with pytest.raises(UnusableModel, match="does not say which file"):
+        require_weights(tmp_path)
+
+
 def test_the_dtype_of_a_checkpoint(tiny_checkpoint: Path, tiny_checkpoint_bf16: Path) -> None:
     for part in ("text_encoder", "transformer", "vae"):
         assert checkpoint_dtype(tiny_checkpoint / part) == "float32"

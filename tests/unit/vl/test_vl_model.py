@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import forget_weights
 from pictures import pixels
 from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -209,6 +210,26 @@ def test_directories_that_cannot_be_used(tiny_vision_checkpoint: Path, tmp_path:
     spoil(folder)
     with pytest.raises(UnusableModel, match=told):
         load_vision_model(VlSettings(vl_model_path=folder))
+
+
+def test_weights_that_lack_a_layer_are_refused_once_they_are_read(tiny_vision_checkpoint: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_vision_checkpoint, tmp_path / "model"))
+    forget_weights(folder, "language_model.layers.1.")
+    with pytest.raises(UnusableModel, match=r"is not complete: it lacks model\.language_model\.layers\.1"):
+        load_vision_model(VlSettings(vl_model_path=folder)).load()
+
+
+def test_weights_that_come_back_are_those_of_the_start(tiny_vision_checkpoint: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_vision_checkpoint, tmp_path / "model"))
+    model = load_vision_model(VlSettings(vl_model_path=folder))
+    model.load()
+    model.unload()
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(-4, 2)
+        file.write(b"else")
+    with pytest.raises(UnusableModel, match="not those that were there at the start"):
+        model.load()
+    assert not model.loaded
 
 
 def test_no_directory_at_all() -> None:
