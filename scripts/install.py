@@ -4,9 +4,10 @@ Standard library only, as it runs before anything is installed. It uses uv where
 first, in the build that fits the machine; then the rest of requirements.lock (and with `--group test` also
 requirements-test.lock); then the project itself, editable. A stamp in the environment makes a second run do nothing.
 The build of torch: the CPU's, unless an NVIDIA driver is found on Linux; ZIMAGE_TORCH=cpu or cuda decides it by hand,
-and it then stays what it is for this environment. ZIMAGE_EXTRAS names what only some options need, as the images'
-variable of that name does: quantization, cache or both; what was installed once stays. The CPU's build of torch comes from a wheel in pip's or uv's find-links
+and it then stays what it is for this environment. The CPU's comes from a wheel in pip's or uv's find-links
 directories, else from where uv's `--torch-backend=cpu` finds it, so that no CUDA package is ever downloaded for it.
+ZIMAGE_EXTRAS names what only some options need, as the images' variable of that name does: quantization, cache or
+both. What was installed once stays.
 What this doesn't know: any registry's address (pip and uv have their own settings), AMD and Intel GPUs, whether a
 CUDA build fits the driver when uv is absent, and the weights of the models.
 """

@@ -33,7 +33,7 @@ def make_scheduler(
 def first_noise(seed: int, *, channels: int, height: int, width: int) -> torch.Tensor:
     """Noise of the seed, float32 [channels, height, width] in latent cells, drawn on the CPU.
 
-    The CPU's generator gives the same numbers everywhere, so a seed means the same picture on every device.
+    The CPU's generator gives the same numbers everywhere, so a seed means the same noise on every device.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randn((1, channels, height, width), generator=generator, dtype=torch.float32)[0]

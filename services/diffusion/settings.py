@@ -50,7 +50,7 @@ class DiffusionSettings(ModelSettings, DataSettings, OptionSettings):
         0,
         key="diffusion.max_batch_tokens",
         ge=0,
-        description="tokens that share a step; 0 is 8192 on a GPU, 2560 on a CPU",
+        description="tokens that share a step; 0 is 8192 on CUDA, 4096 on MPS, 2560 on a CPU",
     )
     diffusion_memory_bytes: int | None = setting(
         None,

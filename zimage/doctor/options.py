@@ -21,14 +21,19 @@ CALIBRATION = "calibration"
 CALIBRATE = "measure it with `zimage doctor --calibrate`"
 
 
-def option_rows(settings: DiffusionSettings | None, torch: ModuleType | str, device: str) -> Iterator[Row]:
-    """A row for each option; `settings` are None where this machine draws no pictures, `device` is where it would."""
+def option_rows(
+    settings: DiffusionSettings | None, torch: ModuleType | str, device: str, *, encoder: Quantization
+) -> Iterator[Row]:
+    """A row for each option; `settings` are None where this machine draws no pictures, `device` is where it would.
+    `encoder` is how the text encoder's weights are kept on this machine."""
     wanted = DiffusionSettings.model_construct() if settings is None else settings
     capability = torch.cuda.get_device_capability() if isinstance(torch, ModuleType) and device == "cuda" else None
     kernels = wanted_kernels(wanted)
     yield package_row("peft", "for --lora and --lora-dir", needed=bool(wanted.loras or wanted.lora_dir))
     yield package_row(
-        "torchao", "for --quantization and encoder.quantization", needed=wanted.quantization is not Quantization.NONE
+        "torchao",
+        "for --quantization and encoder.quantization",
+        needed={wanted.quantization, encoder} != {Quantization.NONE},
     )
     yield _fp8_row(capability, needed=wanted.quantization is Quantization.FP8_DYNAMIC)
     yield package_row("cache-dit", "for --cache-dit", needed=wanted.cache_dit)

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from shared.checkpoint import UnusableModel
-from shared.settings import Device
+from shared.settings import Device, Quantization
 from zimage.doctor import accelerators, machine
 from zimage.doctor.configuration import Configuration, read_configuration
 from zimage.doctor.libraries import REINSTALL, library_row, package_row, try_import
@@ -50,7 +50,9 @@ def look_at_everything(*, calibrating: bool = False) -> Iterator[Row]:
     yield from _torch_rows(torch, device)
     yield from _library_rows(configuration)
     diffusion = configuration.diffusion if configuration is not None and configuration.runs_diffusion else None
-    yield from option_rows(diffusion, torch, device)
+    encodes = configuration is not None and configuration.runs_encoder
+    of_encoder = configuration.encoder.text_encoder_quantization if configuration and encodes else Quantization.NONE
+    yield from option_rows(diffusion, torch, device, encoder=of_encoder)
     yield configured
     if configuration is not None:
         yield from _configured_rows(configuration, tensors)

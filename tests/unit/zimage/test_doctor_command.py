@@ -217,6 +217,15 @@ def test_options_are_missing_where_they_are_asked_for(
     assert {"attention sage", "torchao", "fp8 arithmetic", "cache-dit"} <= set(missing)
 
 
+def test_the_encoder_s_quantization_needs_its_package(
+    command: Command, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(libraries, "installed", lambda _: None)
+    monkeypatch.setenv("ZIMAGE_TEXT_ENCODER_QUANTIZATION", "int8")
+    assert command("doctor", "--json", "--model-path", tiny_checkpoint, "--dit-device", "cpu") == 1
+    assert any(reason.startswith("torchao: not installed") for reason in told(capsys)["reasons"])
+
+
 def test_calibrating(
     command: Command, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
