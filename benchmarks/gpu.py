@@ -33,6 +33,7 @@ from shared.errors import ServiceError
 from shared.logs import configure_logs
 
 BUDGET_S = 390.0
+COMPILING_S = 60.0  # what compiles is not begun with less time left
 ENCODER_S = 30.0  # of them are kept for the text encoder
 WARM_UP_STEPS = 2
 COMPILING, SLACK = 6, 2
@@ -114,7 +115,7 @@ def _draw(script: Script, several: Sequence[Wanted]) -> Sequence[Any]:
 
 def _measure_option(run: Run, option: Option, end: float) -> None:
     """One engine with that option; it is told why where it cannot be measured."""
-    if run.left_s <= 0:
+    if run.left_s <= (COMPILING_S if option.compiles else 0):
         run.report.leave_out(option.name, NO_TIME)
         return
     run.beside_bytes = allocated_bytes(run.models.device)
@@ -126,7 +127,7 @@ def _measure_option(run: Run, option: Option, end: float) -> None:
 
 def _try_option(run: Run, option: Option, end: float) -> None:
     """A function of its own: nothing holds the model any more when what it took is given back."""
-    with built(run.models, option) as model:
+    with built(run.models, option, max(run.sides)) as model:
         asyncio.run(_measure_model(run, option, model, end))
 
 

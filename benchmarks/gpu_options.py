@@ -32,6 +32,11 @@ class Option:
     batches: Sequence[int] = ENDS
     lora: bool = False
 
+    @property
+    def compiles(self) -> bool:
+        """Whether blocks are compiled first."""
+        return bool(self.settings.get("compile"))
+
 
 OPTIONS = (  # what matters most first: there may not be time for all
     Option(name="engine", batches=ALL),
@@ -63,15 +68,19 @@ OPTIONS = (  # what matters most first: there may not be time for all
 
 
 @contextmanager
-def built(models: Models, option: Option) -> Iterator[ZImageModel]:
-    """A model with that option. Raises UnusableModel where this machine lacks what it needs."""
+def built(models: Models, option: Option, side: int) -> Iterator[ZImageModel]:
+    """A model with that option, compiled for pictures of so many pixels a side where it is. Raises UnusableModel where
+    this machine lacks what it needs."""
     with ExitStack() as stack:
         stack.enter_context(attention_backend())  # diffusers keeps what was chosen last for the next model
         device, folder = Device(models.device.type), None
         if option.lora:
             folder = Path(stack.enter_context(TemporaryDirectory()))
             _write_lora(folder / f"{LORA}.safetensors", models.transformer)
-        settings = DiffusionSettings(dit_device=device, vae_device=device, lora_dir=folder, **option.settings)
+        sizes = (f"{side}x{side}",) if option.compiles else ()
+        settings = DiffusionSettings(
+            dit_device=device, vae_device=device, lora_dir=folder, compile_sizes=sizes, **option.settings
+        )
         scheduler_config = dict(FlowMatchEulerDiscreteScheduler(shift=SHIFT).config)
         yield assemble(copy.deepcopy(models.transformer), copy.deepcopy(models.vae), scheduler_config, settings)
 

@@ -30,7 +30,8 @@ PICTURE_TELLS = 0.75  # sigma below which the picture tells more than the text
 def settle_colours(
     learnt: Learnt, dit: ZImageTransformer2DModel, batches: TextBatches, see: Vision, folder: Path, device: torch.device
 ) -> None:
-    """Trains the DiT in place to answer what it now answers, in the pictures' colours."""
+    """Trains the DiT in place to answer what it now answers at high sigmas, in the pictures' colours, and below them
+    the flow."""
     torch.manual_seed(8)
     learnt.text.requires_grad_(requires_grad=False)
     use_real_rotation(dit)

@@ -82,7 +82,7 @@ def test_an_option_leaves_the_next_one_its_attention() -> None:
     registry = attention_dispatch._AttentionBackendRegistry
     models = make_models(TINY, CPU)
     with attention_dispatch.attention_backend("_native_math"):
-        with built(models, Option(name="native", settings={"attention": "native"})):
+        with built(models, Option(name="native", settings={"attention": "native"}), 64):
             assert registry.get_active_backend()[0] == "native"
         assert registry.get_active_backend()[0] == "_native_math"
 

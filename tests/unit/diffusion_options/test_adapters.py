@@ -200,6 +200,17 @@ class TestFolder:
         with pytest.raises(UnknownName, match="There is no LoRA"):
             model.adapters.choose([LoraChoice(name=name)])
 
+    def test_names_that_are_not_there_do_not_keep_the_disk_busy(self, model: ZImageModel, folder: Path) -> None:
+        shelf = model.adapters.shelf
+        shelf.refresh()
+        shelf._look_s = 1e6  # it took so long
+        shutil.copy(folder / "ink.safetensors", folder / "new.safetensors")
+        with pytest.raises(UnknownName, match="There is no LoRA"):
+            model.adapters.choose([LoraChoice(name="new")])
+        os.utime(folder / "oil.safetensors", ns=(1, 1))
+        model.adapters.choose([LoraChoice(name="oil")])
+        assert "new" in shelf.files, "a file that has changed is looked at, whatever it takes"
+
     def test_a_name_given_twice(self, model: ZImageModel) -> None:
         with pytest.raises(InvalidField, match="names a LoRA twice"):
             model.adapters.choose([LoraChoice(name="ink"), LoraChoice(name="ink", scale=0.5)])
