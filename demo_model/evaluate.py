@@ -1,7 +1,8 @@
 """Measures a demo checkpoint: does it draw what it is told, rewrite without losing anything, and follow a reference?
 
-Everything is judged on combinations of colour, shape, pattern and place that training never saw, through diffusers' own
-pipeline and transformers' own models, not through the server.
+Pictures are judged on combinations of colour, shape, pattern and place that are held out of training, rewriting and
+references on prompts that name only a part of one; through diffusers' own pipeline and transformers' own models, not
+through the server. A reference is what the server makes of it by default: all tokens of its turn.
 """
 
 import json

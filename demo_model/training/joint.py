@@ -17,6 +17,7 @@ from demo_model.training.latents import Example, Pool, examples_of, make_pool
 from demo_model.training.loop import Losses, Schedule, run_stage
 from demo_model.training.text import HIDDEN_LAYER, IGNORED, TextBatches, language_loss
 from demo_model.world import Size
+from services.diffusion.fitting import interpolate
 
 SCHEDULE = Schedule(steps=4500, learning_rate=1.2e-3)
 EASY = 0.45  # share of the steps that show one thing at a time, and no small one
@@ -154,12 +155,6 @@ def around_things(latents: Tensor) -> Tensor:
     return things.any(-1, keepdim=True) & things.any(-2, keepdim=True)
 
 
-def resample(states: Tensor, length: int) -> Tensor:
-    """Hidden states `[tokens, width]` at another length, linearly between neighbours, ends kept."""
-    flat = states.T[None].float()
-    return nn.functional.interpolate(flat, size=length, mode="linear", align_corners=True)[0].T.to(states.dtype)
-
-
 def _read(
     text: Qwen3ForCausalLM,
     batches: TextBatches,
@@ -208,7 +203,7 @@ def blended_states(
     for one, row, reference, example in zip(states, rows, references, examples, strict=False):
         count = len(row)
         pulled.append(
-            torch.cat([torch.lerp(one[:count], resample(reference, count).to(one), example.alpha), one[count:]])
+            torch.cat([torch.lerp(one[:count], interpolate(reference, count).to(one), example.alpha), one[count:]])
         )
     return torch.stack(pulled)
 

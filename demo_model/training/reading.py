@@ -2,7 +2,7 @@
 
 An outline is a small part of the flow's error, and in other colours each time: by that error alone the DiT had not
 begun to take shapes from the text after 6,000 steps. So its tokens learn which thing a patch belongs to, the outlines
-that the text asks for, and where in the picture a patch is. They know that only by the turns between them and the text,
+that the text asks for, and where in the picture a patch is. They know that only by their rotary position embedding,
 and an outline can be no sharper than what they know of it.
 """
 

@@ -20,10 +20,10 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from demo_model import captions
 from demo_model.render import render
 from demo_model.training.facts import FactReader, answers, facts_loss
-from demo_model.training.joint import resample
 from demo_model.training.loop import Losses, Schedule, run_stage
 from demo_model.training.text import HIDDEN_LAYER, IGNORED, TextBatches, language_loss
 from demo_model.world import Place, Scene, random_scene
+from services.diffusion.fitting import interpolate
 
 SCHEDULE = Schedule(steps=4000, learning_rate=1.5e-3)
 BATCH = 16
@@ -157,11 +157,11 @@ def train_vision_model(
         ]
         length = max(len(row) for row, _ in both)
         tokens = texts.pad([row for row, _ in both], length).to(device)
-        targets = torch.tensor([[IGNORED] * head + row[head:] + [IGNORED] * (length - len(row)) for row, head in both])
+        targets = torch.tensor([_answer_only(row, head, length) for row, head in both])
         images = tokens == batches.tokens.image
         with torch.autocast(device.type, torch.bfloat16):
             states, logits = _look(model, tokens, images, pixels.to(device), grids.to(device))
-        apart = [_apart(resample(states[i][images[i]], len(goal)), goal) for i, goal in enumerate(goals)]
+        apart = [_apart(interpolate(states[i][images[i]], len(goal)), goal) for i, goal in enumerate(goals)]
         right = torch.tensor([answers(scene) for scene in scenes])
         return {
             "states": torch.stack(apart).mean(),
@@ -172,6 +172,11 @@ def train_vision_model(
     run_stage("vision", {"vision": model}, SCHEDULE, losses, folder)
     model.config.zimage_target_std = round(spread_of_states(text, texts), 4)
     return model
+
+
+def _answer_only(row: list[int], head: int, length: int) -> list[int]:
+    """What a conversation's tokens teach: what comes after its `head` tokens, up to where it is filled up."""
+    return [IGNORED] * head + row[head:] + [IGNORED] * (length - len(row))
 
 
 def _look(

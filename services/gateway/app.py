@@ -1,10 +1,11 @@
 """Builds the gateway's application."""
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from functools import partial
 
 from fastapi import FastAPI
+from starlette.types import Lifespan
 
 from services.gateway.clients import ApiEncoderClient, Encoder, EncoderClient, ask_foreign_facts
 from services.gateway.commissions import DiffusionClient
@@ -73,21 +74,27 @@ def create_app(
         vision=Vision(settings, vl, cache),
     )
 
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[State]:
-        async with AsyncExitStack() as stack:
-            for part in parts:
-                await stack.enter_async_context(part)
-            yield State(engine=engine, watch=watch, history=history)
-
     return create_service(
         description=DESCRIPTION,
-        lifespan=lifespan,
+        lifespan=_lifespan(State(engine=engine, watch=watch, history=history), parts),
         routers=[module.router for module in (generate, prompts, rewrite, vl_routes, history_routes, health)],
         readiness=watch.unready_reason,
         metrics=metrics,
         max_body_bytes=_body_limits(settings),
     )
+
+
+def _lifespan(state: State, parts: Sequence[AbstractAsyncContextManager[object]]) -> Lifespan[FastAPI]:
+    """Runs the parts, from the first to the last, for as long as the app serves."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[State]:
+        async with AsyncExitStack() as stack:
+            for part in parts:
+                await stack.enter_async_context(part)
+            yield state
+
+    return lifespan
 
 
 def _body_limits(settings: GatewaySettings) -> BodyLimits:

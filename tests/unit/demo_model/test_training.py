@@ -17,7 +17,7 @@ from demo_model.training import facts
 from demo_model.training.colours import kept
 from demo_model.training.dit import DIM, new_dit, predict, use_real_rotation
 from demo_model.training.guidance import GUIDANCE, Guided, colours_loss, named_things, over_things
-from demo_model.training.joint import SIZES, Learnt, around_things, balance, blended_states, reference_states, resample
+from demo_model.training.joint import SIZES, Learnt, around_things, balance, blended_states, reference_states
 from demo_model.training.latents import Example, blended_example, random_example
 from demo_model.training.loop import Losses, Schedule, run_stage
 from demo_model.training.noisy import Draw, Noisy, NoisyBatches
@@ -36,6 +36,7 @@ from demo_model.training.text import HIDDEN_LAYER, IGNORED, TextBatches, new_tex
 from demo_model.training.vae import new_vae
 from demo_model.training.vision import VisionBatches, in_reading_order, new_vision_model
 from demo_model.world import Colour, Pattern, Place, Scene, Shape, Size, Thing, is_held_out, random_scene
+from services.diffusion.fitting import interpolate
 
 
 @pytest.fixture(scope="module")
@@ -382,7 +383,7 @@ def test_blending_pulls_each_prompt_to_its_own_reference() -> None:
     scene = random_scene(random.Random(1))
     blends = [Example(scene=scene, kind="blend", reference=scene, alpha=alpha) for alpha in (0.25, 1.0)]
     blended = blended_states(states, rows, read[:2], blends)
-    torch.testing.assert_close(blended[0, :6], 0.75 * states[0, :6] + 0.25 * resample(read[0], 6))
+    torch.testing.assert_close(blended[0, :6], 0.75 * states[0, :6] + 0.25 * interpolate(read[0], 6))
     assert torch.equal(blended[0, 6:], states[0, 6:])  # filling
     torch.testing.assert_close(blended[1], read[1])
     assert blended_states(states, rows, [], blends) is states
@@ -396,14 +397,6 @@ def test_words_that_ask_for_nothing_show_one_large_thing_never_a_held_out_one() 
         assert (thing.size, thing.place, thing.pattern) == (Size.LARGE, Place.CENTER, Pattern.PLAIN)
         assert thing.colour is scene.things[0].colour
         assert not is_held_out(thing)
-
-
-def test_resampling_keeps_the_ends_and_the_length_it_has() -> None:
-    states = torch.randn(64, 8)
-    torch.testing.assert_close(resample(states, 64), states)
-    short = resample(states, 20)
-    assert short.shape == (20, 8)
-    torch.testing.assert_close(short[[0, -1]], states[[0, -1]])
 
 
 def test_a_picture_is_told_from_the_top_left_to_the_bottom_right() -> None:
