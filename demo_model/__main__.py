@@ -8,14 +8,13 @@ import typer
 from diffusers import AutoencoderKL
 from rich.console import Console
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, Qwen3ForCausalLM
+from transformers import Qwen3ForCausalLM
 
 from demo_model.evaluate import Evaluation, report
-from demo_model.export import export_dit, export_model, export_vision, read_model
+from demo_model.export import export_model, export_vision
 from demo_model.seeing import Vision
-from demo_model.training.colours import settle_colours
 from demo_model.training.drawing import train_drawing
-from demo_model.training.facts import FactReader, teach_facts
+from demo_model.training.facts import teach_facts
 from demo_model.training.guidance import distil_guidance
 from demo_model.training.joint import Learnt, train_together
 from demo_model.training.text import TextBatches, new_tokenizer, train_text_model
@@ -53,27 +52,8 @@ def train(
     see = Vision(vision, new_processor(), texts.ids)
     train_drawing(learnt, dit, texts, see, work_dir, place)
     distil_guidance(learnt, dit, texts, see, work_dir, place)
-    settle_colours(learnt, dit, texts, see, work_dir, place)
     export(output_dir, tokenizer=tokenizer, vae=vae, text=text, dit=dit, vision=vision)
     Console().print(f"Written to {output_dir}. Measure it: python -m demo_model evaluate")
-
-
-@app.command()
-def refine(
-    work_dir: Annotated[Path, typer.Option(help="Checkpoints of this stage; a run goes on from what is there.")],
-    model: Annotated[Path, typer.Option(help="A Z-Image directory, whose DiT is written anew.")] = MODEL,
-    vision: Annotated[Path, typer.Option(help="The Qwen3-VL directory that goes with it.")] = VISION,
-    device: Device = "cpu",
-) -> None:
-    """Run the last stage on a finished model: an hour on two cores."""
-    place = torch.device(device)
-    tokenizer = Tokenizer.from_file(str(model / "tokenizer" / "tokenizer.json"))
-    texts = TextBatches(tokenizer)
-    text, dit, vae = (part.to(place) for part in read_model(model))
-    see = Vision.load(vision, AutoTokenizer.from_pretrained(model / "tokenizer"), place)
-    settle_colours(Learnt(text=text, reader=FactReader(), vae=vae), dit, texts, see, work_dir, place)
-    export_dit(model, dit)
-    Console().print(f"Written to {model}. Measure it: python -m demo_model evaluate")
 
 
 @app.command()

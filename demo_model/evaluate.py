@@ -2,7 +2,7 @@
 
 Pictures are judged on combinations of colour, shape, pattern and place that are held out of training, rewriting and
 references on prompts that name only a part of one; through diffusers' own pipeline and transformers' own models, not
-through the server. A reference is what the server makes of it by default: all tokens of its turn.
+through the server.
 """
 
 import json
@@ -155,21 +155,23 @@ class Evaluation:
     def references(self) -> Iterator[Figure]:
         """A red reference and a prompt without colours, blended: does more alpha bring the mean colour closer?
 
-        Of the ways of blending only `linear` has a goal; the figures of the others are for the documents.
+        A reference is the tokens of the picture, for `linear` also all tokens of its turn, as the server has them by
+        default. Of the ways of blending only `linear` has a goal; the figures of the others are for the documents.
         """
         see = Vision.load(self._vision_folder, self._tokenizer, self._device)
         rng = random.Random(4)
-        away: dict[BlendMode, list[list[float]]] = {mode: [] for mode in BlendMode}
+        away: dict[tuple[BlendMode, bool], list[list[float]]] = {(mode, True): [] for mode in BlendMode}
+        away[BlendMode.LINEAR, False] = []
         for index in track(range(self._count(REFERENCES)), description="references"):
             things = random_scene(rng, held_out=True, things=1).things
             reference = render(Scene(background=Colour.RED, things=things), width=SIZE, height=SIZE, rng=rng)
             scene = random_scene(rng, held_out=True, things=1)
             text = self.states(captions.caption(scene, Said(colour=False, background=False), rng))
-            seen = see.states(reference)
+            seen = {only: see.states(reference, image_tokens_only=only) for only in (True, False)}
             goal = np.asarray(reference, dtype=np.float64).mean((0, 1))
             (plain,) = self.draw([text], [index])
-            for mode, distances in away.items():
-                states = [blend(text, [seen], _blending(mode, alpha)) for alpha in ALPHAS[1:]]
+            for (mode, only), distances in away.items():
+                states = [blend(text, [seen[only]], _blending(mode, alpha)) for alpha in ALPHAS[1:]]
                 drawn = [plain, *self.draw(states, [index] * len(states))]
                 distances.append([float(np.linalg.norm(np.asarray(p, np.float64).mean((0, 1)) - goal)) for p in drawn])
         yield from pull_figures(away)
@@ -229,21 +231,23 @@ class Evaluation:
         return max(1, round(full * self._share))
 
 
-def pull_figures(away: Mapping[BlendMode, list[list[float]]]) -> Iterator[Figure]:
-    """What is told of the distances between mean colours, [cases][alphas] grey levels for each way of blending.
+def pull_figures(away: Mapping[tuple[BlendMode, bool], list[list[float]]]) -> Iterator[Figure]:
+    """What is told of the distances between mean colours, [cases][alphas] grey levels for each way of blending with the
+    tokens of the picture only, or with all of its turn.
 
     The pull is the share of the way to the reference's colour that the picture has gone; steady are cases in which no
     alpha leaves it further away than the one before.
     """
-    for mode, cases in away.items():
+    for (mode, only), cases in away.items():
+        way = mode if only else f"{mode}, all tokens"
         steady = [all(later <= earlier + TIE for earlier, later in pairwise(case)) for case in cases]
-        goal = PULL_GOAL if mode is BlendMode.LINEAR else None
-        name = f"{mode}: a red reference pulls the colour, more with alpha"
+        goal = PULL_GOAL if mode is BlendMode.LINEAR and only else None
+        name = f"{way}: a red reference pulls the colour, more with alpha"
         yield Figure(name=name, reached=_share(steady), goal=goal)
         for place, alpha in enumerate(ALPHAS[1:], start=1):
             pulled = [1 - case[place] / case[0] for case in cases if case[0] > TIE]
             reached = round(100 * sum(pulled) / max(1, len(pulled)), 1)
-            yield Figure(name=f"{mode}: colour pull at alpha {alpha:g}", reached=reached)
+            yield Figure(name=f"{way}: colour pull at alpha {alpha:g}", reached=reached)
 
 
 def report(figures: list[Figure], console: Console, path: Path | None = None) -> None:

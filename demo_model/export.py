@@ -1,4 +1,4 @@
-"""Writes what was trained as the checkpoint directories that the project ships, in bfloat16, and reads them again."""
+"""Writes what was trained as the checkpoint directories that the project ships, in bfloat16."""
 
 import json
 from pathlib import Path
@@ -27,20 +27,6 @@ def export_model(
         _in_bfloat16(part).save_pretrained(folder / name)
     FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
     (folder / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")
-
-
-def read_model(folder: Path) -> tuple[Qwen3ForCausalLM, ZImageTransformer2DModel, AutoencoderKL]:
-    """Language model, DiT and VAE of a Z-Image directory, in float32, to train them further."""
-    return (
-        Qwen3ForCausalLM.from_pretrained(folder / "text_encoder", dtype=torch.float32),
-        ZImageTransformer2DModel.from_pretrained(folder / "transformer", dtype=torch.float32),
-        AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32).requires_grad_(requires_grad=False),
-    )
-
-
-def export_dit(folder: Path, dit: ZImageTransformer2DModel) -> None:
-    """The Z-Image directory's DiT alone."""
-    _in_bfloat16(dit).save_pretrained(folder / "transformer")
 
 
 def export_vision(folder: Path, *, tokenizer: Tokenizer, vision: Qwen3VLForConditionalGeneration) -> None:

@@ -1,4 +1,4 @@
-"""Sixth stage: the DiT alone learns to draw what the finished text says.
+"""Last stage but one: the DiT alone learns to draw what the finished text says.
 
 The language model no longer changes, so a step costs half of one before, and more of them fit into the same time. They
 look at the noisiest sigmas most, where only the text tells what will be drawn. Beside the flow it learns what `reading`

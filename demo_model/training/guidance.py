@@ -1,4 +1,4 @@
-"""Last stage but one: the DiT learns to draw at once what it draws with guidance, which costs two forwards a step.
+"""Last stage: the DiT learns to draw at once what it draws with guidance, which costs two forwards a step.
 
 Guidance goes on from what the empty prompt gives to what the prompt gives, and as far again. What a small DiT has
 learnt only in part (two tones of a pattern that run into each other, the outline of a small thing) stands out by that.
@@ -70,9 +70,10 @@ def distil_guidance(
             return {"blended": (weights * (output - goal).pow(2)).mean()}
         things = named_things(batch)
         goal = goal - over_things(goal - batch.flow, things)
+        wrong = over_things(output - goal, things)
         return {
             "guided": (weights * (output - goal).pow(2)).mean(),
-            "colours": colours_loss(output - goal, weights, things),
+            "colours": COLOURS_WEIGHT * (weights * wrong.pow(2)).mean(),
         }
 
     run_stage("guidance", {"dit": dit}, SCHEDULE, losses, folder)
@@ -86,11 +87,6 @@ def named_things(batch: Noisy) -> Tensor:
     named = torch.tensor([example.names_colours for example in batch.examples])[:, None, None, None]
     own = (nearest == torch.arange(count)[:, None, None]) & named
     return belongs_to_things(batch.latents) & own.to(batch.latents.device)
-
-
-def colours_loss(wrong: Tensor, weights: Tensor, things: Tensor) -> Tensor:
-    """What is wrong with the mean over each thing, weighted; `wrong` is the output's error `[n, 16, height, width]`."""
-    return COLOURS_WEIGHT * (weights * over_things(wrong, things).pow(2)).mean()
 
 
 def over_things(values: Tensor, things: Tensor) -> Tensor:

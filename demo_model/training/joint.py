@@ -26,7 +26,7 @@ SIZES = ((128, 128), (256, 256), (192, 128), (128, 192), (256, 192), (192, 256),
 """Width and height in pixels; 256x256 has a larger part of the steps than the rest."""
 POOL = {(128, 128): 20_000, (256, 256): 8_000}
 POOL_OTHERS = 600
-BLENDED = {(128, 128): 3_000, (256, 256): 4_000}
+BLENDED = {(128, 128): 3_000, (256, 256): 1_500}
 BATCH_TOKENS = 32 * 96  # image and text tokens of a batch
 REWRITING = 3  # conversations of the rewriter beside each batch
 CAPTION_WEIGHT, REWRITE_WEIGHT, FACTS_WEIGHT = 0.03, 0.1, 0.3

@@ -20,9 +20,7 @@ from demo_model.training.vae import pixels
 from demo_model.world import RGB, Colour, Scene, Thing, distance, is_held_out, mix, random_scene
 
 ENCODE_PIXELS = 64 * 128 * 128  # pixels of one batch through the VAE
-RECOLOURED = 0.5  # of the blends are with the same scene in other colours
 SHAPES_STAY = 0.75  # the alpha up to which a blend shows the shapes of its own scene
-PULL = 1.5  # the exponent with which what is left of a blend's own colours falls with alpha
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,38 +75,16 @@ def _settled(scene: Scene, said: Said, rng: random.Random) -> Scene:
 
 
 def blended_example(rng: random.Random) -> Example:
-    """An example whose text is pulled towards that of another scene, or of the same one in other colours.
-
-    Half of the prompts for which it is another one name no colour.
-    """
+    """An example whose text is pulled towards that of another scene; half of the prompts name no colour."""
     while True:
-        example = _recolouring(rng) if rng.random() < RECOLOURED else _pulled_away(rng)
+        said = captions.random_said(rng)
+        if rng.random() < 0.5:
+            said = Said(colour=False, background=False, size=rng.random() < 0.5, place=rng.random() < 0.5)
+        alpha = rng.choice((0.3, 0.6, 1.0, rng.random()))
+        scene = _settled(random_scene(rng), said, rng)
+        example = Example(scene=scene, said=said, kind="blend", reference=random_scene(rng), alpha=alpha)
         if not any(map(is_held_out, things_shown(example))):
             return example
-
-
-def _recolouring(rng: random.Random) -> Example:
-    scene = random_scene(rng)
-    return Example(scene=scene, kind="blend", reference=_recoloured(scene, rng), alpha=rng.random())
-
-
-def _pulled_away(rng: random.Random) -> Example:
-    said = captions.random_said(rng)
-    if rng.random() < 0.5:
-        said = Said(colour=False, background=False, size=rng.random() < 0.5, place=rng.random() < 0.5)
-    alpha = rng.choice((0.3, 0.6, 1.0, rng.random()))
-    scene = _settled(random_scene(rng), said, rng)
-    return Example(scene=scene, said=said, kind="blend", reference=random_scene(rng), alpha=alpha)
-
-
-def _recoloured(scene: Scene, rng: random.Random) -> Scene:
-    """The scene with a background and things of colours drawn anew."""
-    while True:
-        other = random_scene(rng, things=len(scene.things))
-        pairs = zip(scene.things, other.things, strict=True)
-        things = tuple(replace(thing, colour=drawn.colour) for thing, drawn in pairs)
-        if not any(map(is_held_out, things)):
-            return Scene(background=other.background, things=things)
 
 
 def draw(example: Example, *, width: int, height: int, rng: random.Random) -> np.ndarray:
@@ -120,16 +96,13 @@ def draw(example: Example, *, width: int, height: int, rng: random.Random) -> np
 def _drawn(example: Example) -> tuple[Scene, Tint | None]:
     """The scene whose shapes are drawn, and what its colours are pulled towards.
 
-    A blend takes its shapes from the scene up to alpha 0.75, from the reference above, and mixes the colours. Small
-    alphas pull more than their share: without colours in the prompt each alpha draws other ones, in which a weak pull
-    is lost.
+    A blend takes its shapes from the scene up to alpha 0.75, from the reference above, and mixes the colours.
     """
     if example.reference is None:
         return example.scene, None
-    left = (1 - example.alpha) ** PULL
     if example.alpha <= SHAPES_STAY:
-        return example.scene, Tint(reference=example.reference, alpha=1 - left)
-    return example.reference, Tint(reference=example.scene, alpha=left)
+        return example.scene, Tint(reference=example.reference, alpha=example.alpha)
+    return example.reference, Tint(reference=example.scene, alpha=1 - example.alpha)
 
 
 def things_shown(example: Example) -> list[Thing]:

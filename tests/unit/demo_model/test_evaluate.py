@@ -32,14 +32,16 @@ def test_every_way_of_blending_is_measured(
     blend = evaluate.blend
     monkeypatch.setattr(evaluate, "blend", noted)
     figures = list(Evaluation(tiny_checkpoint, vision, torch.device("cpu"), share=0.01).references())
-    assert [figure.name.partition(":")[0] for figure in figures] == [mode for mode in BlendMode for _ in ALPHAS]
+    ways = [*BlendMode, "linear, all tokens"]
+    assert [figure.name.partition(":")[0] for figure in figures] == [way for way in ways for _ in ALPHAS]
     assert [figure.goal for figure in figures if figure.goal is not None] == [PULL_GOAL]
-    assert len(asked) == len(BlendMode) * (len(ALPHAS) - 1)
+    assert len(asked) == len(ways) * (len(ALPHAS) - 1)
 
 
 def test_the_pull_of_distances() -> None:
     cases = [[100.0, 80.0, 50.0, 0.0], [100.0, 90.0, 95.0, 50.0]]
-    figures = {figure.name: figure for figure in pull_figures({BlendMode.LINEAR: cases, BlendMode.GRADUATED: cases})}
+    away = {(BlendMode.LINEAR, True): cases, (BlendMode.GRADUATED, True): cases}
+    figures = {figure.name: figure for figure in pull_figures(away)}
     steady = [figure for name, figure in figures.items() if "more with alpha" in name]
     assert [(figure.reached, figure.goal) for figure in steady] == [(50.0, PULL_GOAL), (50.0, None)]
     pulls = [figures[f"linear: colour pull at alpha {alpha:g}"] for alpha in ALPHAS[1:]]
