@@ -22,7 +22,6 @@ from shared.wire import Header, WireError, read_file_header
 
 MAX_FILES = 10_000
 MAX_METADATA_ENTRIES = 64
-SPARING = 10.0  # for unknown names a folder is not looked through again before so many times what it took have passed
 MAX_METADATA_CHARS = 2_000  # of one value; some trainers write every caption that they have seen
 
 log = structlog.get_logger(__name__)
@@ -53,25 +52,26 @@ class Shelf:
         self._flags = settings.loras
         self._seen: dict[Path, ShelfLora | None] = {}
         self._looking = threading.Lock()
-        self._looked_at = self._look_s = 0.0
+        self._began_at = float("-inf")
         self.files: Mapping[str, ShelfLora] = {}
         self.refresh()
         self.default: tuple[Lora, ...] = () if self._folder is None else self._default()
 
     def refresh(self) -> None:
-        """Looks what is in the folder now. A file that is not whole safetensors is left out, and logged once."""
-        if self._folder is not None:
-            with self._looking:
+        """Looks what is in the folder now. A file that is not whole safetensors is left out, and logged once.
+
+        Those who ask while the folder is being looked through share one look more: who asks for many names that there
+        are not must not keep disk and threads busy.
+        """
+        if self._folder is None:
+            return
+        asked_at = time.monotonic()
+        with self._looking:
+            if self._began_at < asked_at:
+                self._began_at = time.monotonic()
                 self._look_through(self._folder)
 
-    def _refresh_for_unknown(self) -> None:
-        """As `refresh`, unless that was just done: whoever asks for names that there are not must not keep all disks
-        and threads busy."""
-        if time.monotonic() - self._looked_at >= SPARING * self._look_s:
-            self.refresh()
-
     def _look_through(self, folder: Path) -> None:
-        started = time.monotonic()
         paths = sorted(folder.rglob(f"*{LORA_SUFFIX}"))[:MAX_FILES]
         found = {_printable(self._name(path)): path for path in paths}
         there = {path.resolve() for path in paths} if self._flags else set()
@@ -81,8 +81,6 @@ class Shelf:
         self._seen = {path: self._seen[path] for path in found.values() if path in self._seen}
         files = {name: self._look_at(name, path) for name, path in found.items()}
         self.files = MappingProxyType({name: lora for name, lora in files.items() if lora is not None})
-        self._looked_at = time.monotonic()
-        self._look_s = self._looked_at - started
 
     def choose(self, choices: Sequence[LoraChoice] | None) -> tuple[Lora, ...]:
         """Name and scale of each LoRA that a picture is to have, without those that a scale of 0 leaves out.
@@ -96,10 +94,8 @@ class Shelf:
         names = [choice.name for choice in choices]
         if len(set(names)) < len(names):
             raise InvalidField("'loras' names a LoRA twice; give it once, with the sum of the scales.")
-        if any(name in self.files and not self._is_as_seen(name) for name in names):
+        if not all(self._is_as_seen(name) for name in names):
             self.refresh()
-        elif any(name not in self.files for name in names):
-            self._refresh_for_unknown()
         for name in names:
             if name not in self.files:
                 raise UnknownName(f"There is no LoRA {name!r}; GET /api/loras lists those that there are.")

@@ -2,6 +2,9 @@
 
 import os
 import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -200,16 +203,29 @@ class TestFolder:
         with pytest.raises(UnknownName, match="There is no LoRA"):
             model.adapters.choose([LoraChoice(name=name)])
 
-    def test_names_that_are_not_there_do_not_keep_the_disk_busy(self, model: ZImageModel, folder: Path) -> None:
-        shelf = model.adapters.shelf
-        shelf.refresh()
-        shelf._look_s = 1e6  # it took so long
+    def test_names_that_are_not_there_do_not_keep_the_disk_busy(
+        self, model: ZImageModel, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        shelf, looks, gate = model.adapters.shelf, list[int](), threading.Event()
+        look = shelf._look_through
+
+        def slow(where: Path) -> None:
+            looks.append(1)
+            assert gate.wait(20)
+            look(where)
+
+        monkeypatch.setattr(shelf, "_look_through", slow)
+        with ThreadPoolExecutor(8) as clients:
+            asked = [clients.submit(model.adapters.choose, [LoraChoice(name=f"no {n}")]) for n in range(8)]
+            while not looks:
+                time.sleep(0.002)
+            time.sleep(0.1)  # for the others to have asked too; fewer of them make no difference
+            gate.set()
+            assert {type(one.exception(20)) for one in asked} == {UnknownName}
+        assert len(looks) <= 3
+        monkeypatch.undo()
         shutil.copy(folder / "ink.safetensors", folder / "new.safetensors")
-        with pytest.raises(UnknownName, match="There is no LoRA"):
-            model.adapters.choose([LoraChoice(name="new")])
-        os.utime(folder / "oil.safetensors", ns=(1, 1))
-        model.adapters.choose([LoraChoice(name="oil")])
-        assert "new" in shelf.files, "a file that has changed is looked at, whatever it takes"
+        assert model.adapters.choose([LoraChoice(name="new")]) == (("new", 1.0),)
 
     def test_a_name_given_twice(self, model: ZImageModel) -> None:
         with pytest.raises(InvalidField, match="names a LoRA twice"):
