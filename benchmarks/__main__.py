@@ -63,15 +63,15 @@ def main() -> None:
     data_dir: Path = arguments.data_dir.resolve()
     data_dir.mkdir(parents=True, exist_ok=True)
     output: Path = arguments.output or data_dir / "bench.json"
-    findings = _run(arguments.only or list(BENCHMARKS), data_dir, quick=arguments.quick)
-    write(findings, output)
+    findings = _run(arguments.only or list(BENCHMARKS), data_dir, output, quick=arguments.quick)
     show([figure for found in findings.values() for figure in found.figures])
     Console().print(f"written to {output}", soft_wrap=True, highlight=False)
 
 
-def _run(names: list[str], data_dir: Path, *, quick: bool) -> dict[str, Findings]:
+def _run(names: list[str], data_dir: Path, output: Path, *, quick: bool) -> dict[str, Findings]:
+    """What the benchmarks found, which `output` has after each of them: a run that is stopped keeps what it had."""
     console = Console()
-    findings = {}
+    findings: dict[str, Findings] = {}
     with Setting(data_dir, quick=quick) as setting:
         for name in names:
             console.print(f"measuring {name} ...", style="dim")
@@ -79,6 +79,7 @@ def _run(names: list[str], data_dir: Path, *, quick: bool) -> dict[str, Findings
             found = BENCHMARKS[name](setting)
             noise = Figure(benchmark=name, what="cores kept busy by other programs", value=neighbours.cores())
             findings[name] = Findings([*found.figures, noise], found.samples)
+            write(findings, output)
     return findings
 
 
