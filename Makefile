@@ -8,7 +8,8 @@ PYTEST_ARGS ?=
 PYTEST_WORKERS ?= 2
 DEVICE ?= cpu
 BIN := .venv/bin
-PYTEST = $(BIN)/pytest --numprocesses $(PYTEST_WORKERS) --dist loadfile
+# in the order of the folders: files of whole processes take longest and come first, so that none is left over at the end
+PYTEST = $(BIN)/pytest --numprocesses $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

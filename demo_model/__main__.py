@@ -13,6 +13,7 @@ from transformers import Qwen3ForCausalLM
 from demo_model.evaluate import Evaluation, report
 from demo_model.export import export_model, export_vision
 from demo_model.seeing import Vision
+from demo_model.training.correcting import learn_from_own
 from demo_model.training.drawing import train_drawing
 from demo_model.training.facts import teach_facts
 from demo_model.training.guidance import distil_guidance
@@ -52,6 +53,7 @@ def train(
     see = Vision(vision, new_processor(), texts.ids)
     train_drawing(learnt, dit, texts, see, work_dir, place)
     distil_guidance(learnt, dit, texts, see, work_dir, place)
+    learn_from_own(learnt, dit, texts, see, work_dir, place)
     export(output_dir, tokenizer=tokenizer, vae=vae, text=text, dit=dit, vision=vision)
     Console().print(f"Written to {output_dir}. Measure it: python -m demo_model evaluate")
 

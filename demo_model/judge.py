@@ -131,14 +131,14 @@ def _see(region: Mask, pixels: Pixels) -> Seen:
     height, width = region.shape
     cell = (_cell(_middle(rows) / height), _cell(_middle(columns) / width))
     return Seen(
-        colour=_colour(pixels[region].astype(np.float32)),
+        colour=colour_of(pixels[region].astype(np.float32)),
         shape=_shape(region[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]),
         place=list(Place)[3 * cell[0] + cell[1]],
         area=int(region.sum()),
     )
 
 
-def _colour(pixels: NDArray[np.float32]) -> Colour:
+def colour_of(pixels: NDArray[np.float32]) -> Colour:
     """The colour of a thing from its pixels `[n, 3]`. A gray without any white in it is no pattern of white, though
     white's second tone is nearly gray."""
     away: dict[Colour, float] = {}

@@ -2,7 +2,9 @@
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from PIL import Image, ImageDraw
 
@@ -11,9 +13,25 @@ from demo_model.world import RADIUS, RGB, Colour, Pattern, Place, Rgb, Scene, Sh
 SUPERSAMPLING = 3  # drawn so many times larger and averaged: smooth edges
 _CELLS = (0.22, 0.5, 0.78)
 _MARGIN = 0.02
-_JITTER = 0.02
+JITTER = 0.02  # of the short side, by which a thing is off its place at most
+RESIZED = 0.07  # share by which a thing is larger or smaller at most
 
 Point = tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pose:
+    """How a thing differs from the usual: `scale` of its radius, and moved by shares of the picture's short side."""
+
+    scale: float = 1.0
+    x: float = 0.0
+    y: float = 0.0
+
+    @classmethod
+    def random(cls, rng: random.Random) -> Self:
+        """Within `RESIZED` and `JITTER`."""
+        scale = rng.uniform(1 - RESIZED, 1 + RESIZED)
+        return cls(scale=scale, x=rng.uniform(-JITTER, JITTER), y=rng.uniform(-JITTER, JITTER))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,9 +48,18 @@ class Tint:
 
 
 def render(
-    scene: Scene, *, width: int, height: int, rng: random.Random | None = None, tint: Tint | None = None
+    scene: Scene,
+    *,
+    width: int,
+    height: int,
+    rng: random.Random | None = None,
+    tint: Tint | None = None,
+    poses: Sequence[Pose] | None = None,
 ) -> Image.Image:
-    """The picture of a scene, RGB. `rng` moves and resizes its things a little, as no two pictures are alike."""
+    """The picture of a scene, RGB.
+
+    Its things stand as `poses` tell; without them `rng` moves and resizes each a little, as no two pictures are alike.
+    """
     large = (width * SUPERSAMPLING, height * SUPERSAMPLING)
     ground = RGB[scene.background]
     if tint:
@@ -43,7 +70,8 @@ def render(
         if tint:
             other = tint.other(index)
             tones = (mix(tones[0], RGB[other], tint.alpha), mix(tones[1], accent(other), tint.alpha))
-        _draw(image, thing, tones, rng)
+        pose = poses[index] if poses else Pose.random(rng) if rng else Pose()
+        _draw(image, thing, tones, pose)
     return image.reduce(SUPERSAMPLING)
 
 
@@ -55,10 +83,9 @@ def mask(shape: Shape, extent: int) -> Image.Image:
     return large.reduce(SUPERSAMPLING)
 
 
-def _draw(image: Image.Image, thing: Thing, tones: tuple[Rgb, Rgb], rng: random.Random | None) -> None:
-    short = min(image.size)
-    radius = RADIUS[thing.size] * short * (rng.uniform(0.93, 1.07) if rng else 1.0)
-    center = _center(thing.place, image.size, radius, rng)
+def _draw(image: Image.Image, thing: Thing, tones: tuple[Rgb, Rgb], pose: Pose) -> None:
+    radius = RADIUS[thing.size] * min(image.size) * pose.scale
+    center = _center(thing.place, image.size, radius, pose)
     box = tuple(round(axis + sign * radius) for sign in (-1, 1) for axis in center)
     extent = (box[2] - box[0], box[3] - box[1])
     outline = Image.new("L", extent, 0)
@@ -66,13 +93,12 @@ def _draw(image: Image.Image, thing: Thing, tones: tuple[Rgb, Rgb], rng: random.
     image.paste(_filling(thing.pattern, tones, extent, radius), (box[0], box[1]), outline)
 
 
-def _center(place: Place, size: tuple[int, int], radius: float, rng: random.Random | None) -> Point:
+def _center(place: Place, size: tuple[int, int], radius: float, pose: Pose) -> Point:
     short = min(size)
+    reach = radius + _MARGIN * short
     axes = []
-    for length, cell in zip(size, (place.column, place.row), strict=True):
-        jitter = rng.uniform(-_JITTER, _JITTER) * short if rng else 0.0
-        reach = radius + _MARGIN * short
-        axes.append(min(max(_CELLS[cell] * length + jitter, reach), length - reach))
+    for length, cell, moved in zip(size, (place.column, place.row), (pose.x, pose.y), strict=True):
+        axes.append(min(max(_CELLS[cell] * length + moved * short, reach), length - reach))
     return axes[0], axes[1]
 
 

@@ -1,4 +1,4 @@
-"""Last stage but one: the DiT alone learns to draw what the finished text says.
+"""Sixth stage: the DiT alone learns to draw what the finished text says.
 
 The language model no longer changes, so a step costs half of one before, and more of them fit into the same time. They
 look at the noisiest sigmas most, where only the text tells what will be drawn. Beside the flow it learns what `reading`
@@ -35,7 +35,7 @@ def train_drawing(
     def losses(step: int) -> Losses:
         with torch.autocast(device.type, torch.bfloat16):
             batch = noisy.of_step(step)
-            output, shown = draw(dit, batch, batch.states, batch.said)
+            output, shown = draw(dit, batch.mixed, batch.sigma, batch.states, batch.said)
         flow = flow_loss(output.float(), batch.latents, batch.noise)
         return {"flow": flow, **reading_losses(reader, shown, batch.examples, batch.latents)}
 

@@ -1,4 +1,4 @@
-"""Last stage: the DiT learns to draw at once what it draws with guidance, which costs two forwards a step.
+"""Last stage but one: the DiT learns to draw at once what it draws with guidance, which costs two forwards a step.
 
 Guidance goes on from what the empty prompt gives to what the prompt gives, and as far again. What a small DiT has
 learnt only in part (two tones of a pattern that run into each other, the outline of a small thing) stands out by that.
@@ -42,9 +42,9 @@ class Guided:
     @torch.no_grad()
     def __call__(self, batch: Noisy) -> Tensor:
         """The output for a batch, float32 `[n, 16, height, width]`."""
-        told = self._draw(self._teacher, batch, batch.states, batch.said)[0].float()
+        told = self._draw(self._teacher, batch.mixed, batch.sigma, batch.states, batch.said)[0].float()
         states, said = (one.expand(len(told), *one.shape[1:]).contiguous() for one in self._nothing)
-        return told + GUIDANCE * (told - self._draw(self._teacher, batch, states, said)[0].float())
+        return told + GUIDANCE * (told - self._draw(self._teacher, batch.mixed, batch.sigma, states, said)[0].float())
 
 
 def distil_guidance(
@@ -64,7 +64,7 @@ def distil_guidance(
         with torch.autocast(device.type, torch.bfloat16):
             batch = noisy.of_step(step)
             goal = batch.flow if batch.blended else guided(batch)
-            output = draw(dit, batch, batch.states, batch.said)[0].float()
+            output = draw(dit, batch.mixed, batch.sigma, batch.states, batch.said)[0].float()
         weights = balance(around_things(batch.latents))
         if batch.blended:
             return {"blended": (weights * (output - goal).pow(2)).mean()}

@@ -89,11 +89,11 @@ def blended_example(rng: random.Random) -> Example:
 
 def draw(example: Example, *, width: int, height: int, rng: random.Random) -> np.ndarray:
     """The picture that an example asks for, uint8 `[height, width, 3]`."""
-    scene, tint = _drawn(example)
+    scene, tint = drawn(example)
     return np.asarray(render(scene, width=width, height=height, rng=rng, tint=tint))
 
 
-def _drawn(example: Example) -> tuple[Scene, Tint | None]:
+def drawn(example: Example) -> tuple[Scene, Tint | None]:
     """The scene whose shapes are drawn, and what its colours are pulled towards.
 
     A blend takes its shapes from the scene up to alpha 0.75, from the reference above, and mixes the colours.
@@ -107,7 +107,7 @@ def _drawn(example: Example) -> tuple[Scene, Tint | None]:
 
 def things_shown(example: Example) -> list[Thing]:
     """The things of an example's picture, a mixed colour taken for the nearest one that has a name."""
-    scene, tint = _drawn(example)
+    scene, tint = drawn(example)
     if tint is None:
         return list(scene.things)
     shown = []
@@ -144,7 +144,7 @@ def make_pool(vae: AutoencoderKL, path: Path, size: tuple[int, int], examples: l
         vae.to(memory_format=torch.channels_last)  # half the time on a CPU
         step = max(1, ENCODE_PIXELS // (width * height))
         parts = [
-            _encode(
+            encode(
                 vae, [draw(example, width=width, height=height, rng=rng) for example in examples[start : start + step]]
             )
             for start in track(range(0, len(examples), step), description=f"latents {width}x{height}")
@@ -172,7 +172,8 @@ def _fingerprint(vae: AutoencoderKL, size: tuple[int, int], examples: list[Examp
     return digest.hexdigest()
 
 
-def _encode(vae: AutoencoderKL, pictures: list[np.ndarray]) -> Tensor:
+def encode(vae: AutoencoderKL, pictures: list[np.ndarray]) -> Tensor:
+    """Latents of pictures of one size, uint8 `[height, width, 3]` each: bfloat16 `[n, 16, height / 8, width / 8]`."""
     device = vae.device
     with torch.autocast(device.type, torch.bfloat16):
         mean = vae.encode(pixels(pictures).to(device)).latent_dist.mean

@@ -33,7 +33,7 @@ IMAGES = {(128, 128): 32, (256, 256): 10}
 IMAGES_OTHERS = 14
 SMALLEST, LARGER = 0.15, 0.93  # the batches up to these shares are of 128x128 and of 256x256; other sizes fill the rest
 BLENDED_SHARE = {(128, 128): 0.35, (256, 256): 0.3}  # of the batches of a size that show blended texts
-SEEN = 0.5  # share of the references that are seen; the rest are read
+SEEN = 0.7  # share of the references that are seen; the rest are read
 WITHOUT_TURN = 0.5  # share of those that are seen without the tokens of the user's turn around the picture
 PURE_NOISE = 0.2  # share of the examples at sigma 1
 SIGMA_CENTER, SIGMA_SPREAD = 0.8, 1.1  # of the logistic normal that the others' sigma comes from, before the shift
@@ -45,15 +45,27 @@ Shown = tuple[Tensor, list[Tensor]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """What a batch is of: pictures of one size, of prompts that are blended with references or not, and `wanted`."""
+
+    size: tuple[int, int]
+    blended: bool = False
+    wanted: Callable[[Example], bool] = lambda _: True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Noisy:
     """A batch of one size: `latents` and `noise` `[n, 16, height, width]`, mixed at `sigma` `[n]`, and the prompts'
-    hidden states `[n, tokens, width]`, of which those are filling that are not `said` (bool `[n, tokens]`)."""
+    hidden states `[n, tokens, width]`, of which those are filling that are not `said` (bool `[n, tokens]`).
+
+    `alone` are the states before a reference is blended in."""
 
     examples: list[Example]
     latents: Tensor
     noise: Tensor
     sigma: Tensor
     states: Tensor
+    alone: Tensor
     said: Tensor
 
     @property
@@ -95,15 +107,22 @@ class NoisyBatches:
 
         self._seen = seen
 
-    @torch.no_grad()
-    def of_step(self, step: int) -> Noisy:
+    def of_step(self, step: int, *, may_blend: bool = True) -> Noisy:
         """The batch of a step. Prompts run in the precision of the autocast around the call."""
         rng = random.Random(self._seed + step)
         size = _random_size(rng)
         blended = rng.random() < BLENDED_SHARE.get(size, 0.0)
-        count = IMAGES.get(size, IMAGES_OTHERS)
-        rows, examples, latents = _batch(self._pools, self._batches, rng, size, count, blended=blended)
-        states, said = _read(
+        return self._batch(step, rng, Kind(size=size, blended=blended and may_blend))
+
+    def of_kind(self, step: int, kind: Kind) -> Noisy:
+        """The batch of a step, of one kind."""
+        return self._batch(step, random.Random(self._seed + step), kind)
+
+    @torch.no_grad()
+    def _batch(self, step: int, rng: random.Random, kind: Kind) -> Noisy:
+        rows, examples, latents = _batch(self._pools, self._batches, rng, kind)
+        count = len(rows)
+        states, alone, said = _read(
             self._learnt,
             self._batches,
             rows,
@@ -118,6 +137,7 @@ class NoisyBatches:
             noise=noise.to(self._device),
             sigma=sigma.to(self._device),
             states=states,
+            alone=alone,
             said=said,
         )
 
@@ -129,7 +149,8 @@ class NoisyBatches:
     @torch.no_grad()
     def nothing(self) -> tuple[Tensor, Tensor]:
         """The states of the empty prompt and what of them is said, as a batch of one."""
-        return _read(self._learnt, self._batches, [self._batches.prompt_ids("")], [], lambda _: None)
+        states, _, said = _read(self._learnt, self._batches, [self._batches.prompt_ids("")], [], lambda _: None)
+        return states, said
 
 
 class Draw:
@@ -140,12 +161,14 @@ class Draw:
         compiled: Any = torch.compile(predict_and_show, dynamic=False) if shutil.which("c++") else predict_and_show
         return compiled  # type: ignore[no-any-return]
 
-    def __call__(self, dit: ZImageTransformer2DModel, noisy: Noisy, states: Tensor, said: Tensor) -> Shown:
-        """The DiT's output and tokens for the mixed latents, told `states`."""
-        height, width = noisy.latents.shape[2:]
+    def __call__(
+        self, dit: ZImageTransformer2DModel, mixed: Tensor, sigma: Tensor, states: Tensor, said: Tensor
+    ) -> Shown:
+        """The DiT's output and tokens for latents under noise of `sigma` `[n]`, told `states`."""
+        height, width = mixed.shape[2:]
         often = (8 * width, 8 * height) in IMAGES and states.shape[1] <= 2 * MULTIPLE
         forward = self._quick if often else predict_and_show
-        return forward(dit, noisy.mixed, 1 - noisy.sigma, states, said)
+        return forward(dit, mixed, 1 - sigma, states, said)
 
 
 def _random_size(rng: random.Random) -> tuple[int, int]:
@@ -156,7 +179,7 @@ def _random_size(rng: random.Random) -> tuple[int, int]:
 
 
 def _batch(
-    pools: Pools, batches: TextBatches, rng: random.Random, size: tuple[int, int], count: int, *, blended: bool
+    pools: Pools, batches: TextBatches, rng: random.Random, kind: Kind
 ) -> tuple[list[list[int]], list[Example], Tensor]:
     """Prompts as tokens, their examples and the latents: prompts that fill up to one length, so that little is filled.
 
@@ -164,11 +187,14 @@ def _batch(
     """
     rows: list[list[int]] = []
     chosen: list[tuple[Example, Tensor]] = []
+    count = IMAGES.get(kind.size, IMAGES_OTHERS)
     while len(chosen) < count:
-        examples, latents = pools.take(rng, size, 2 * count, blended=blended)
+        examples, latents = pools.take(rng, kind.size, 2 * count, blended=kind.blended)
         for example, latent in zip(examples, latents, strict=True):
+            if not kind.wanted(example):
+                continue
             row = batches.prompt_ids(example.prompt(rng))
-            if blended or not rows or _filled(len(row)) == _filled(len(rows[0])):
+            if kind.blended or not rows or _filled(len(row)) == _filled(len(rows[0])):
                 rows.append(row)
                 chosen.append((example, latent))
     kept = chosen[:count]
@@ -181,8 +207,8 @@ def _filled(length: int) -> int:
 
 def _read(
     learnt: Learnt, batches: TextBatches, rows: list[list[int]], examples: Sequence[Example], see: See
-) -> tuple[Tensor, Tensor]:
-    """Hidden states of the prompts `[n, tokens, width]` and which of them are said.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states of the prompts `[n, tokens, width]`, the same before references are blended in, and which are said.
 
     A reference is what `see` answers for it, or else its words.
     """
@@ -194,7 +220,8 @@ def _read(
     for example, read in zip(examples, reference_states(states, rows, references), strict=False):
         seen = see(example.reference) if example.reference else None
         pulled_to.append(read if seen is None else seen)
-    return blended_states(states, rows, pulled_to, examples), said[: len(rows)].to(states.device)
+    blended = blended_states(states, rows, pulled_to, examples)
+    return blended, states[: len(rows)], said[: len(rows)].to(states.device)
 
 
 def _sigmas(rng: random.Random, count: int) -> Tensor:

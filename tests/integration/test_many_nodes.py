@@ -39,13 +39,14 @@ class Farm:
         """The nodes, as the gateway is told of them."""
         return ",".join(f"http://127.0.0.1:{port}" for port in self.ports)
 
-    def start(self, port: int) -> Running:
-        """A node, ready."""
-        command = zimage("node", self.kind, "--model-path", self.model, "--port", str(port))
-        node = self.stack.enter_context(running(command, port, self.data_dir, ZIMAGE_SERVICE_TOKEN=TOKEN))
-        node.wait_ready()
-        self.nodes[port] = node
-        return node
+    def start(self, *ports: int) -> None:
+        """Nodes, ready."""
+        for port in ports:
+            command = zimage("node", self.kind, "--model-path", self.model, "--port", str(port))
+            node = running(command, port, self.data_dir, ZIMAGE_SERVICE_TOKEN=TOKEN)
+            self.nodes[port] = self.stack.enter_context(node)
+        for port in ports:
+            self.nodes[port].wait_ready()
 
     def encodes(self, port: int) -> int:
         """How many encodes a node has answered."""
@@ -59,8 +60,7 @@ class Farm:
 def farm(kind: str, model: Path, data_dir: Path, count: int) -> Iterator[Farm]:
     with ExitStack() as stack:
         nodes = Farm(kind, model, data_dir, stack, [free_port() for _ in range(count)])
-        for port in nodes.ports:
-            nodes.start(port)
+        nodes.start(*nodes.ports)
         yield nodes
 
 
@@ -221,23 +221,33 @@ class TestEncoders:
         under_load(encoding, stop)
 
 
+@pytest.fixture(scope="module")
+def painters(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farm]:
+    with farm("diffusion", tiny_checkpoint, tmp_path_factory.mktemp("diffusion"), 2) as nodes:
+        yield nodes
+
+
+@pytest.fixture(scope="module")
+def settings(
+    painters: Farm, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, str]]:
+    with farm("encoder", tiny_checkpoint, tmp_path_factory.mktemp("encoder"), 1) as encoders:
+        yield {"ZIMAGE_ENCODER_URLS": encoders.urls, "ZIMAGE_DIFFUSION_URLS": painters.urls}
+
+
+@pytest.fixture(scope="module")
+def drawing(settings: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with gateway(tmp_path_factory.mktemp("drawing"), **settings) as one:
+        yield one
+
+
 class TestDiffusion:
-    """Two nodes of the diffusion service."""
+    """Two nodes of the diffusion service; each test leaves both working."""
 
     @pytest.fixture
-    def painters(self, tiny_checkpoint: Path, tmp_path: Path) -> Iterator[Farm]:
-        with farm("diffusion", tiny_checkpoint, tmp_path / "diffusion", 2) as nodes:
-            yield nodes
-
-    @pytest.fixture
-    def settings(self, painters: Farm, tiny_checkpoint: Path, tmp_path: Path) -> Iterator[dict[str, str]]:
-        with farm("encoder", tiny_checkpoint, tmp_path / "encoder", 1) as encoders:
-            yield {"ZIMAGE_ENCODER_URLS": encoders.urls, "ZIMAGE_DIFFUSION_URLS": painters.urls}
-
-    @pytest.fixture
-    def started(self, settings: dict[str, str], tmp_path: Path) -> Iterator[Running]:
-        with gateway(tmp_path / "gateway", **settings) as one:
-            yield one
+    def started(self, drawing: Running) -> Running:
+        wait_until(lambda: set(states(drawing, "diffusion").values()) == {"ready"}, "all nodes are ready")
+        return drawing
 
     def busy(self, started: Running) -> int | None:
         """The port of the node that draws."""
@@ -265,11 +275,13 @@ class TestDiffusion:
             drawing = pool.submit(client.post, "/api/generate", json=SLOW_PICTURE)
             port = self.running_on(started, painters)
             painters.nodes[port].kill()
-            answer = drawing.result(timeout=200)
-            assert answer.status_code == 200, answer.text
-            assert answer.content == whole.content
-            wait_until(lambda: states(started, "diffusion")[port] == "unreachable", "it is noticed")
-            del painters.nodes[port]
+            try:
+                answer = drawing.result(timeout=200)
+                assert answer.status_code == 200, answer.text
+                assert answer.content == whole.content
+                wait_until(lambda: states(started, "diffusion")[port] == "unreachable", "it is noticed")
+            finally:
+                painters.start(port)
 
     def test_events_go_on_where_another_one_draws(self, started: Running, painters: Farm) -> None:
         headers = {"accept": "text/event-stream", "x-request-id": "picture-0001"}
@@ -298,15 +310,20 @@ class TestDiffusion:
 
     def test_the_only_one_is_killed_and_comes_back(self, started: Running, painters: Farm) -> None:
         first, second = painters.ports
-        painters.nodes.pop(second).kill()
-        wait_until(lambda: states(started, "diffusion")[second] == "unreachable", "it is noticed")
-        with started.client(timeout_s=200) as client, ThreadPoolExecutor(1) as pool:
-            whole = client.post("/api/generate", json=SLOW_PICTURE)
-            drawing = pool.submit(client.post, "/api/generate", json=SLOW_PICTURE)
-            self.running_on(started, painters)
-            painters.nodes[first].kill()
-            painters.start(first)
-            assert drawing.result(timeout=200).content == whole.content
+        other = painters.nodes[second].service("diffusion")
+        assert other is not None
+        other.suspend()
+        try:
+            wait_until(lambda: states(started, "diffusion")[second] == "unreachable", "it is noticed")
+            with started.client(timeout_s=200) as client, ThreadPoolExecutor(1) as pool:
+                whole = client.post("/api/generate", json=SLOW_PICTURE)
+                drawing = pool.submit(client.post, "/api/generate", json=SLOW_PICTURE)
+                self.running_on(started, painters)
+                painters.nodes[first].kill()
+                painters.start(first)
+                assert drawing.result(timeout=200).content == whole.content
+        finally:
+            other.resume()
 
     def test_a_picture_is_given_up_through_another_gateway(
         self, started: Running, painters: Farm, settings: dict[str, str], tmp_path: Path

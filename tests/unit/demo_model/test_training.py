@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -32,7 +33,7 @@ from demo_model.training.reading import (
     waves,
 )
 from demo_model.training.text import HIDDEN_LAYER, IGNORED, TextBatches, new_text_model, new_tokenizer
-from demo_model.training.vae import new_vae
+from demo_model.training.vae import CROP, mixed_crops, new_vae, vae_losses
 from demo_model.training.vision import VisionBatches, in_reading_order, new_vision_model
 from demo_model.world import Colour, Pattern, Place, Scene, Shape, Size, Thing, is_held_out, random_scene
 from services.diffusion.fitting import interpolate
@@ -107,6 +108,24 @@ def test_a_finished_stage_only_loads_its_averages(tmp_path: Path) -> None:
     torch.testing.assert_close(again.weight, model.weight)
 
 
+def test_the_vae_learns_what_lies_between_two_colours() -> None:
+    rng = random.Random(4)
+    apart = 0.0
+    for _ in range(10):
+        first, last, between, alpha = mixed_crops(rng)
+        assert first.shape == last.shape == between.shape == (CROP, CROP, 3)
+        meant = first + alpha * (last.astype(float) - first)
+        assert np.abs(between - meant).max() <= 4, "the same shapes in the same place"
+        apart = max(apart, np.abs(last.astype(float) - first).mean())
+    assert apart > 30
+    torch.manual_seed(0)
+    vae = new_vae()
+    losses = vae_losses(vae, 0, torch.device("cpu"))
+    assert set(losses) == {"l1", "l2", "kl", "line"}
+    sum(losses.values(), torch.zeros(())).backward()
+    assert all(parameter.grad is not None for parameter in vae.parameters())
+
+
 def test_guidance_is_learnt_from_what_prompt_and_nothing_give(tokenizer: Tokenizer) -> None:
     """At first the error is the way that guidance goes on beyond the prompt, weighed around the things."""
     torch.manual_seed(0)
@@ -130,6 +149,7 @@ def test_guidance_is_learnt_from_what_prompt_and_nothing_give(tokenizer: Tokeniz
         noise=torch.randn(2, 16, 8, 8),
         sigma=torch.tensor([1.0, 0.5]),
         states=states.expand(2, -1, -1),
+        alone=states.expand(2, -1, -1),
         said=said.expand(2, -1),
     )
     goal = Guided(dit, (nothing, of_nothing), Draw())(batch)
@@ -171,6 +191,7 @@ def test_the_mean_over_a_thing_is_told_apart_from_the_rest() -> None:
         noise=torch.zeros_like(latents),
         sigma=torch.ones(3),
         states=torch.zeros(3, 32, 8),
+        alone=torch.zeros(3, 32, 8),
         said=torch.ones(3, 32, dtype=torch.bool),
     )
     assert not batch.blended

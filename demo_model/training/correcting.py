@@ -1,0 +1,249 @@
+"""Last stage: the DiT draws, and learns what its pictures should have been from each step of its own way to them.
+
+Until here it saw latents that were mixed from true pictures. What it draws itself is never quite one: where its first
+answer to "orange" was a little yellow, the next step saw a yellow thing under the noise, believed that more than the
+text, and went on to yellow. With every seed alike 4 of 100 things lost their colour so, of combinations that it had
+learnt from as often as of those that are held out. So it draws, without learning; each picture is drawn anew by Pillow,
+with its things where the DiT put them but in the colours and shapes that the prompt names; and each step on the way
+there learns to lead to that picture. See Ross et al., "A Reduction of Imitation Learning and Structured Prediction to
+No-Regret Online Learning" (2011).
+
+What a prompt leaves open stays as the DiT chose it. With a reference blended in, that is what it draws from the same
+noise without one: more alpha then goes further on one way instead of along another.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, ZImageTransformer2DModel
+from numpy.typing import NDArray
+from torch import Tensor
+
+from demo_model.judge import APART, colour_of
+from demo_model.render import JITTER, RESIZED, Pose, render
+from demo_model.seeing import Vision
+from demo_model.training.dit import use_real_rotation
+from demo_model.training.guidance import named_things, over_things
+from demo_model.training.joint import SHIFT, Learnt, around_things, balance, belongs_to_things
+from demo_model.training.latents import Example, drawn, encode, things_shown
+from demo_model.training.loop import Losses, Schedule, run_stage
+from demo_model.training.noisy import Draw, Kind, Noisy, NoisyBatches
+from demo_model.training.reading import nearest_things
+from demo_model.training.text import TextBatches
+from demo_model.world import RADIUS, RGB, Colour, Scene, Thing, distance, is_held_out
+
+SCHEDULE = Schedule(steps=8_000, learning_rate=4e-4)
+STEPS = 9  # of a drawing, the last of them at sigma 0, where nothing is left to do
+COLOURS_WEIGHT = 2.0  # of what is wrong with the mean over a thing, besides its share of the whole error
+AROUND = 1.35  # half of the box in which a thing is looked for, in its radii
+
+Pixels = NDArray[np.uint8]
+
+
+def tells_things(example: Example) -> bool:
+    """Whether the prompt asks for things of this world, and for their shapes."""
+    return example.kind in ("said", "long", "blend") and example.said.shape
+
+
+LARGE, SMALL = (
+    (Kind(size=size, wanted=tells_things), Kind(size=size, wanted=tells_things, blended=True))
+    for size in ((256, 256), (128, 128))
+)
+KINDS = (LARGE[0], None, LARGE[1], SMALL[0], None, LARGE[0], LARGE[1], None, SMALL[1])
+"""What the steps are of, in turn; None is for all sizes and prompts, of which the DiT keeps what it knows."""
+
+
+def sigmas() -> Tensor:
+    """The sigmas of a drawing, from 1 down to 0 `[STEPS]`, as the scheduler of the checkpoint has them."""
+    shares = torch.linspace(1, 0, STEPS)
+    return SHIFT * shares / (1 + (SHIFT - 1) * shares)
+
+
+WAY = STEPS - 1  # steps of a drawing that do something
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawings:
+    """Pictures that the DiT has drawn: the latents before each step `[WAY, n, 16, height, width]`, what the last of
+    them should have been `[n, 16, height, width]`, and the things that show there."""
+
+    told: Noisy
+    way: Tensor
+    corrected: Tensor
+    scenes: list[Scene]
+
+    def part(self, index: int) -> tuple[Tensor, Tensor]:
+        """Of each picture another step: latents under noise, and their sigma `[n]`; all steps in `WAY` parts."""
+        count = len(self.corrected)
+        steps = (index + torch.arange(count)) % WAY
+        return self.way[steps, torch.arange(count)], sigmas()[steps].to(self.way.device)
+
+
+def learn_from_own(
+    learnt: Learnt, dit: ZImageTransformer2DModel, batches: TextBatches, see: Vision, folder: Path, device: torch.device
+) -> None:
+    """Trains the DiT in place on its own way to pictures that the prompts ask for."""
+    torch.manual_seed(8)
+    learnt.text.requires_grad_(requires_grad=False)
+    use_real_rotation(dit)
+    learnt.vae.to(memory_format=torch.channels_last)  # half the time on a CPU
+    before = copy.deepcopy(dit).requires_grad_(requires_grad=False)
+    noisy = NoisyBatches(learnt, batches, see, folder / "latents", device, seed=10_000_000)
+    draw = Draw()
+    kept: dict[int, tuple[int, Drawings]] = {}
+
+    def drawings(kind: Kind, number: int, slot: int) -> Drawings:
+        known = kept.get(slot)
+        if known is None or known[0] != number:
+            kept[slot] = (number, draw_and_correct(dit, draw, learnt.vae, noisy.of_kind(number, kind)))
+        return kept[slot][1]
+
+    def losses(step: int) -> Losses:
+        turn, slot = divmod(step, len(KINDS))
+        kind = KINDS[slot]
+        with torch.autocast(device.type, torch.bfloat16):
+            if kind is None:
+                return kept_losses(dit, before, draw, noisy.of_step(step, may_blend=False))
+            number, part = divmod(turn, WAY)
+            return own_losses(dit, draw, drawings(kind, number * len(KINDS) + slot, slot), part)
+
+    run_stage("correcting", {"dit": dit}, SCHEDULE, losses, folder)
+
+
+def own_losses(dit: ZImageTransformer2DModel, draw: Draw, own: Drawings, part: int) -> Losses:
+    """How wrong the colours of things are that steps of drawings lead to; of blends all that they lead to.
+
+    Of what no reference is blended in the rest is left alone. A step that leads to a mean over all that could still
+    come of it blurs what guidance has made clear.
+    """
+    mixed, sigma = own.part(part)
+    output = draw(dit, mixed, sigma, own.told.states, own.told.said)[0].float()
+    spread = sigma[:, None, None, None]
+    wrong = mixed + spread * output - own.corrected
+    weights = balance(around_things(own.corrected)) / spread
+    means = over_things(wrong, shown_things(own.scenes, own.corrected))
+    colours = COLOURS_WEIGHT * (weights * means.pow(2)).mean()
+    if not own.told.blended:
+        return {"colours": colours}
+    return {"blended": (weights * wrong.pow(2)).mean(), "blended colours": colours}
+
+
+def kept_losses(dit: ZImageTransformer2DModel, before: ZImageTransformer2DModel, draw: Draw, batch: Noisy) -> Losses:
+    """How far the DiT is from what it answered before this stage, but for the colours that the prompts name."""
+    with torch.no_grad():
+        goal = draw(before, batch.mixed, batch.sigma, batch.states, batch.said)[0].float()
+    goal = goal - over_things(goal - batch.flow, named_things(batch))
+    output = draw(dit, batch.mixed, batch.sigma, batch.states, batch.said)[0].float()
+    return {"kept": (balance(around_things(batch.latents)) * (output - goal).pow(2)).mean()}
+
+
+@torch.no_grad()
+def draw_and_correct(dit: ZImageTransformer2DModel, draw: Draw, vae: AutoencoderKL, told: Noisy) -> Drawings:
+    """Draws from the batch's noise, and what that should have been."""
+    way, last = _drawn_from(dit, draw, told, told.states)
+    own = _decode(vae, last)
+    free = _decode(vae, _drawn_from(dit, draw, told, told.alone)[1]) if told.blended else own
+    examples = [as_chosen(example, picture) for example, picture in zip(told.examples, free, strict=True)]
+    corrected = encode(vae, [correct(example, picture) for example, picture in zip(examples, own, strict=True)])
+    scenes = [drawn(example)[0] for example in examples]
+    return Drawings(told=told, way=way, corrected=corrected.to(way), scenes=scenes)
+
+
+def _drawn_from(dit: ZImageTransformer2DModel, draw: Draw, told: Noisy, states: Tensor) -> tuple[Tensor, Tensor]:
+    """The latents before each step `[WAY, n, 16, height, width]`, and the last ones `[n, 16, height, width]`."""
+    latents, way = told.noise, []
+    schedule = sigmas().to(latents)
+    for now, then in pairwise(schedule):
+        way.append(latents)
+        output = draw(dit, latents, now.expand(len(latents)).contiguous(), states, told.said)[0].float()
+        latents = latents + (now - then) * output
+    return torch.stack(way), latents
+
+
+def _decode(vae: AutoencoderKL, latents: Tensor) -> list[Pixels]:
+    pictures = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample.float()
+    levels = ((pictures.clamp(-1, 1) + 1) * 127.5).round().byte()
+    return list(levels.permute(0, 2, 3, 1).cpu().numpy())
+
+
+def as_chosen(example: Example, picture: Pixels) -> Example:
+    """The example with the colours that its prompt leaves open as they are in a picture of it, uint8 `[height, width,
+    3]`; as it was where that would show a combination that is held out."""
+    scene, said = example.scene, example.said
+    if not said.background:
+        border = np.median(_border(picture), axis=0)
+        scene = replace(scene, background=min(Colour, key=lambda colour: distance(RGB[colour], tuple(border))))
+    if not said.colour:
+        things = [
+            replace(thing, colour=colour_of(picture[shown].astype(np.float32))) if shown.any() else thing
+            for thing, shown in zip(scene.things, _shown(scene, picture), strict=True)
+        ]
+        scene = replace(scene, things=tuple(things))
+    chosen = replace(example, scene=scene)
+    invisible = any(thing.colour is scene.background for thing in scene.things)
+    return example if invisible or any(map(is_held_out, things_shown(chosen))) else chosen
+
+
+def correct(example: Example, picture: Pixels) -> Pixels:
+    """What an example asks for, its things as far off their places and sizes as in `picture`, uint8 `[height, width,
+    3]` both."""
+    scene, tint = drawn(example)
+    height, width = picture.shape[:2]
+    poses = poses_in(scene, picture)
+    return np.asarray(render(scene, width=width, height=height, tint=tint, poses=poses))
+
+
+def poses_in(scene: Scene, picture: Pixels) -> list[Pose]:
+    """How the things of a scene stand in a picture of it, within what the world allows."""
+    height, width = picture.shape[:2]
+    usual = np.asarray(render(_outlines(scene), width=width, height=height))
+    return [
+        _pose(found, meant, min(width, height))
+        for found, meant in zip(_shown(scene, picture), _shown(scene, usual), strict=True)
+    ]
+
+
+def _pose(found: NDArray[np.bool_], meant: NDArray[np.bool_], short: int) -> Pose:
+    if not found.any():
+        return Pose()
+    scale = float(np.clip((found.sum() / meant.sum()) ** 0.5, 1 - RESIZED, 1 + RESIZED))
+    (y, x), (usual_y, usual_x) = (np.argwhere(where).mean(axis=0) for where in (found, meant))
+    moved_x, moved_y = (float(np.clip(moved / short, -JITTER, JITTER)) for moved in (x - usual_x, y - usual_y))
+    return Pose(scale=scale, x=moved_x, y=moved_y)
+
+
+def _outlines(scene: Scene) -> Scene:
+    things = tuple(Thing(shape=t.shape, colour=Colour.WHITE, size=t.size, place=t.place) for t in scene.things)
+    return Scene(background=Colour.BLACK, things=things)
+
+
+def _shown(scene: Scene, picture: Pixels) -> list[NDArray[np.bool_]]:
+    """The pixels that show each thing: those around its place that differ from the border's colour."""
+    height, width = picture.shape[:2]
+    differs = np.linalg.norm(picture.astype(np.float32) - np.median(_border(picture), axis=0), axis=2) > APART
+    y, x = np.mgrid[:height, :width] + 0.5
+    near = []
+    for thing in scene.things:
+        reach = AROUND * RADIUS[thing.size] * min(height, width)
+        middle_y, middle_x = ((cell + 0.5) / 3 for cell in (thing.place.row, thing.place.column))
+        inside = (abs(y - middle_y * height) < reach + height / 18) & (abs(x - middle_x * width) < reach + width / 18)
+        near.append(differs & inside)
+    return near
+
+
+def _border(picture: Pixels) -> Pixels:
+    return np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
+
+
+def shown_things(scenes: Sequence[Scene], latents: Tensor) -> Tensor:
+    """Which latents show each thing of a batch: bool `[n, things, height, width]`."""
+    rows, columns = latents.shape[2:]
+    examples = [Example(scene=scene) for scene in scenes]
+    nearest = nearest_things(examples, rows, columns).view(-1, 1, rows, columns)
+    count = max(len(scene.things) for scene in scenes)
+    return belongs_to_things(latents) & (nearest == torch.arange(count)[:, None, None]).to(latents.device)
