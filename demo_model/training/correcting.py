@@ -54,7 +54,7 @@ LARGE, SMALL = (
     (Kind(size=size, wanted=tells_things), Kind(size=size, wanted=tells_things, blended=True))
     for size in ((256, 256), (128, 128))
 )
-KINDS = (LARGE[0], None, LARGE[1], SMALL[0], None, LARGE[0], LARGE[1], None, SMALL[1])
+KINDS = (LARGE[1], None, LARGE[0], LARGE[1], None, LARGE[1], SMALL[0], None, SMALL[1])
 """What the steps are of, in turn; None is for all sizes and prompts, of which the DiT keeps what it knows."""
 
 
@@ -116,7 +116,7 @@ def learn_from_own(
 
 
 def own_losses(dit: ZImageTransformer2DModel, draw: Draw, own: Drawings, part: int) -> Losses:
-    """How wrong the colours of things are that steps of drawings lead to; of blends all that they lead to.
+    """How wrong the colours of things and background are that steps of drawings lead to; of blends all that they lead to.
 
     Of what no reference is blended in the rest is left alone. A step that leads to a mean over all that could still
     come of it blurs what guidance has made clear.
@@ -126,7 +126,8 @@ def own_losses(dit: ZImageTransformer2DModel, draw: Draw, own: Drawings, part: i
     spread = sigma[:, None, None, None]
     wrong = mixed + spread * output - own.corrected
     weights = balance(around_things(own.corrected)) / spread
-    means = over_things(wrong, shown_things(own.scenes, own.corrected))
+    things = shown_things(own.scenes, own.corrected)
+    means = over_things(wrong, torch.cat([things, ~things.any(1, keepdim=True)], 1))
     colours = COLOURS_WEIGHT * (weights * means.pow(2)).mean()
     if not own.told.blended:
         return {"colours": colours}
