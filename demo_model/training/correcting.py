@@ -116,7 +116,7 @@ def learn_from_own(
 
 
 def own_losses(dit: ZImageTransformer2DModel, draw: Draw, own: Drawings, part: int) -> Losses:
-    """How wrong the colours of things and background are that steps of drawings lead to; of blends all that they lead to.
+    """How wrong the mean colours are that steps of drawings lead to; of blends all that they lead to.
 
     Of what no reference is blended in the rest is left alone. A step that leads to a mean over all that could still
     come of it blurs what guidance has made clear.
