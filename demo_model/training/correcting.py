@@ -13,7 +13,6 @@ noise without one: more alpha then goes further on one way instead of along anot
 """
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -29,17 +28,18 @@ from demo_model.render import JITTER, RESIZED, Pose, render
 from demo_model.seeing import Vision
 from demo_model.training.dit import use_real_rotation
 from demo_model.training.guidance import named_things, over_things
-from demo_model.training.joint import SHIFT, Learnt, around_things, balance, belongs_to_things
+from demo_model.training.joint import SHIFT, Learnt, around_things, balance
 from demo_model.training.latents import Example, drawn, encode, things_shown
 from demo_model.training.loop import Losses, Schedule, run_stage
 from demo_model.training.noisy import Draw, Kind, Noisy, NoisyBatches
-from demo_model.training.reading import nearest_things
+from demo_model.training.reading import shown_things
 from demo_model.training.text import TextBatches
 from demo_model.world import RADIUS, RGB, Colour, Scene, Thing, distance, is_held_out
 
 SCHEDULE = Schedule(steps=8_000, learning_rate=4e-4)
 STEPS = 9  # of a drawing, the last of them at sigma 0, where nothing is left to do
-COLOURS_WEIGHT = 2.0  # of what is wrong with the mean over a thing, besides its share of the whole error
+WAY = STEPS - 1  # those that do something
+COLOURS_WEIGHT = 2.0  # of what is wrong with the means over things and background, besides its share of the whole error
 AROUND = 1.35  # half of the box in which a thing is looked for, in its radii
 
 Pixels = NDArray[np.uint8]
@@ -54,7 +54,7 @@ LARGE, SMALL = (
     (Kind(size=size, wanted=tells_things), Kind(size=size, wanted=tells_things, blended=True))
     for size in ((256, 256), (128, 128))
 )
-KINDS = (LARGE[1], None, LARGE[0], LARGE[1], None, LARGE[1], SMALL[0], None, SMALL[1])
+KINDS: tuple[Kind | None, ...] = (LARGE[1], None, LARGE[0], LARGE[1], None, LARGE[1], SMALL[0], None, SMALL[1])
 """What the steps are of, in turn; None is for all sizes and prompts, of which the DiT keeps what it knows."""
 
 
@@ -62,9 +62,6 @@ def sigmas() -> Tensor:
     """The sigmas of a drawing, from 1 down to 0 `[STEPS]`, as the scheduler of the checkpoint has them."""
     shares = torch.linspace(1, 0, STEPS)
     return SHIFT * shares / (1 + (SHIFT - 1) * shares)
-
-
-WAY = STEPS - 1  # steps of a drawing that do something
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +84,10 @@ class Drawings:
 def learn_from_own(
     learnt: Learnt, dit: ZImageTransformer2DModel, batches: TextBatches, see: Vision, folder: Path, device: torch.device
 ) -> None:
-    """Trains the DiT in place on its own way to pictures that the prompts ask for."""
+    """Trains the DiT in place on its own way to pictures that the prompts ask for.
+
+    A run that was stopped goes on with the same prompts and noise, but draws anew with the weights of that step.
+    """
     torch.manual_seed(8)
     learnt.text.requires_grad_(requires_grad=False)
     use_real_rotation(dit)
@@ -239,12 +239,3 @@ def _shown(scene: Scene, picture: Pixels) -> list[NDArray[np.bool_]]:
 
 def _border(picture: Pixels) -> Pixels:
     return np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
-
-
-def shown_things(scenes: Sequence[Scene], latents: Tensor) -> Tensor:
-    """Which latents show each thing of a batch: bool `[n, things, height, width]`."""
-    rows, columns = latents.shape[2:]
-    examples = [Example(scene=scene) for scene in scenes]
-    nearest = nearest_things(examples, rows, columns).view(-1, 1, rows, columns)
-    count = max(len(scene.things) for scene in scenes)
-    return belongs_to_things(latents) & (nearest == torch.arange(count)[:, None, None]).to(latents.device)

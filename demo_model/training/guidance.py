@@ -19,10 +19,10 @@ from torch import Tensor
 
 from demo_model.seeing import Vision
 from demo_model.training.dit import use_real_rotation
-from demo_model.training.joint import Learnt, around_things, balance, belongs_to_things
+from demo_model.training.joint import Learnt, around_things, balance
 from demo_model.training.loop import Losses, Schedule, run_stage
 from demo_model.training.noisy import Draw, Noisy, NoisyBatches
-from demo_model.training.reading import nearest_things
+from demo_model.training.reading import shown_things
 from demo_model.training.text import TextBatches
 
 SCHEDULE = Schedule(steps=12_000, learning_rate=8e-4)
@@ -81,12 +81,8 @@ def distil_guidance(
 
 def named_things(batch: Noisy) -> Tensor:
     """Which latents show each thing whose colour the prompt names: bool `[n, things, height, width]`."""
-    count = max(len(example.scene.things) for example in batch.examples)
-    rows, columns = batch.latents.shape[2:]
-    nearest = nearest_things(batch.examples, rows, columns).view(-1, 1, rows, columns)
     named = torch.tensor([example.names_colours for example in batch.examples])[:, None, None, None]
-    own = (nearest == torch.arange(count)[:, None, None]) & named
-    return belongs_to_things(batch.latents) & own.to(batch.latents.device)
+    return shown_things([example.scene for example in batch.examples], batch.latents) & named.to(batch.latents.device)
 
 
 def over_things(values: Tensor, things: Tensor) -> Tensor:

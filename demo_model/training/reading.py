@@ -140,22 +140,31 @@ def answers_of_patches(examples: Sequence[Example], latents: Tensor) -> tuple[Te
     A patch belongs to the nearer of two things.
     """
     inside = nn.functional.max_pool2d(belongs_to_things(latents).float(), PATCH).bool().flatten(1)
-    nearest = nearest_things(examples, latents.shape[2] // PATCH, latents.shape[3] // PATCH)
+    scenes = [example.scene for example in examples]
+    nearest = nearest_things(scenes, latents.shape[2] // PATCH, latents.shape[3] // PATCH)
     # all answers but the background's, [n, things, questions]
     right = told(examples)[:, 1:].view(len(examples), -1, len(QUESTIONS_OF_A_THING))
     return inside, right.gather(1, nearest[..., None].expand(-1, -1, right.shape[2]))[inside]
 
 
-def nearest_things(examples: Sequence[Example], rows: int, columns: int) -> Tensor:
+def shown_things(scenes: Sequence[Scene], latents: Tensor) -> Tensor:
+    """Which latents of `[n, 16, height, width]` show each thing of their scenes: bool `[n, things, height, width]`."""
+    rows, columns = latents.shape[2:]
+    nearest = nearest_things(scenes, rows, columns).view(-1, 1, rows, columns)
+    count = max(len(scene.things) for scene in scenes)
+    return belongs_to_things(latents) & (nearest == torch.arange(count)[:, None, None]).to(latents.device)
+
+
+def nearest_things(scenes: Sequence[Scene], rows: int, columns: int) -> Tensor:
     """For each cell of a grid over the pictures the thing whose place is nearest to it: int64 `[n, rows * columns]`."""
     y, x = torch.meshgrid((torch.arange(rows) + 0.5) / rows, (torch.arange(columns) + 0.5) / columns, indexing="ij")
     cells = torch.stack([y, x], -1).flatten(0, 1)
-    return torch.stack([_distances(cells, example).argmin(1) for example in examples])
+    return torch.stack([_distances(cells, scene).argmin(1) for scene in scenes])
 
 
-def _distances(cells: Tensor, example: Example) -> Tensor:
+def _distances(cells: Tensor, scene: Scene) -> Tensor:
     """Of cells `[cells, 2]` from the middle of each thing's place `[cells, things]`; heights and widths are 1."""
-    centers = [((thing.place.row + 0.5) / 3, (thing.place.column + 0.5) / 3) for thing in example.scene.things]
+    centers = [((thing.place.row + 0.5) / 3, (thing.place.column + 0.5) / 3) for thing in scene.things]
     return torch.cdist(cells, torch.tensor(centers))
 
 

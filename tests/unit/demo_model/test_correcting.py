@@ -20,12 +20,12 @@ from demo_model.training.correcting import (
     correct,
     draw_and_correct,
     poses_in,
-    shown_things,
     sigmas,
 )
 from demo_model.training.dit import new_dit, use_real_rotation
 from demo_model.training.latents import Example
 from demo_model.training.noisy import Draw, Noisy
+from demo_model.training.reading import shown_things
 from demo_model.training.vae import new_vae
 from demo_model.world import RGB, Colour, Pattern, Place, Scene, Shape, Size, Thing, is_held_out, random_scene
 
