@@ -8,8 +8,9 @@ with its things where the DiT put them but in the colours and shapes that the pr
 there learns to lead to that picture. See Ross et al., "A Reduction of Imitation Learning and Structured Prediction to
 No-Regret Online Learning" (2011).
 
-What a prompt leaves open stays as the DiT chose it. With a reference blended in, that is what it draws from the same
-noise without one: more alpha then goes further on one way instead of along another.
+What a prompt leaves open is left alone. Where a reference is blended in, it is what the DiT draws from the same noise
+without one, and what should have been drawn lies between that and the reference, as latents: more alpha then goes
+further on one way instead of along another.
 """
 
 import copy
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from demo_model.judge import APART, colour_of
-from demo_model.render import JITTER, RESIZED, Pose, render
+from demo_model.render import JITTER, RESIZED, Pose, Tint, render
 from demo_model.seeing import Vision
 from demo_model.training.dit import use_real_rotation
 from demo_model.training.guidance import named_things, over_things
@@ -50,12 +51,26 @@ def tells_things(example: Example) -> bool:
     return example.kind in ("said", "long", "blend") and example.said.shape
 
 
-LARGE, SMALL = (
-    (Kind(size=size, wanted=tells_things), Kind(size=size, wanted=tells_things, blended=True))
-    for size in ((256, 256), (128, 128))
-)
-KINDS: tuple[Kind | None, ...] = (LARGE[1], None, LARGE[0], LARGE[1], None, LARGE[1], SMALL[0], None, SMALL[1])
-"""What the steps are of, in turn; None is for all sizes and prompts, of which the DiT keeps what it knows."""
+def is_reference(example: Example) -> bool:
+    """Whether a reference has taken the prompt's place."""
+    return example.alpha == 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """What a step learns: `own`, from drawings of its own, or to keep what the DiT answered before this stage.
+
+    Without a `kind` the batch is of all sizes and prompts, but not blended."""
+
+    own: bool
+    kind: Kind | None = None
+
+
+REFERENCE = Turn(own=True, kind=Kind(size=(256, 256), wanted=is_reference, blended=True))
+LARGE, SMALL = (Turn(own=True, kind=Kind(size=size, wanted=tells_things)) for size in ((256, 256), (128, 128)))
+BLEND = Turn(own=True, kind=Kind(size=(256, 256), wanted=tells_things, blended=True))
+KEEP = Turn(own=False)
+TURNS = (LARGE, BLEND, SMALL, BLEND, LARGE, KEEP, BLEND, REFERENCE)
 
 
 def sigmas() -> Tensor:
@@ -97,41 +112,54 @@ def learn_from_own(
     draw = Draw()
     kept: dict[int, tuple[int, Drawings]] = {}
 
-    def drawings(kind: Kind, number: int, slot: int) -> Drawings:
+    def batch(step: int, kind: Kind | None) -> Noisy:
+        return noisy.of_kind(step, kind) if kind else noisy.of_step(step, may_blend=False)
+
+    def drawings(number: int, slot: int) -> Drawings:
         known = kept.get(slot)
         if known is None or known[0] != number:
-            kept[slot] = (number, draw_and_correct(dit, draw, learnt.vae, noisy.of_kind(number, kind)))
+            kept[slot] = (number, draw_and_correct(dit, draw, learnt.vae, batch(number, TURNS[slot].kind)))
         return kept[slot][1]
 
     def losses(step: int) -> Losses:
-        turn, slot = divmod(step, len(KINDS))
-        kind = KINDS[slot]
+        number, slot = divmod(step, len(TURNS))
+        turn = TURNS[slot]
         with torch.autocast(device.type, torch.bfloat16):
-            if kind is None:
-                return kept_losses(dit, before, draw, noisy.of_step(step, may_blend=False))
-            number, part = divmod(turn, WAY)
-            return own_losses(dit, draw, drawings(kind, number * len(KINDS) + slot, slot), part)
+            if not turn.own:
+                return kept_losses(dit, before, draw, batch(step, turn.kind))
+            number, part = divmod(number, WAY)
+            return own_losses(dit, draw, drawings(number * len(TURNS) + slot, slot), part)
 
     run_stage("correcting", {"dit": dit}, SCHEDULE, losses, folder)
 
 
 def own_losses(dit: ZImageTransformer2DModel, draw: Draw, own: Drawings, part: int) -> Losses:
-    """How wrong the mean colours are that steps of drawings lead to; of blends all that they lead to.
+    """How wrong the mean colours that the prompts name are where steps of drawings lead to; of blends all of that.
 
-    Of what no reference is blended in the rest is left alone. A step that leads to a mean over all that could still
-    come of it blurs what guidance has made clear.
+    The rest is left alone. A step that leads to a mean over all that could still come of it blurs what guidance has
+    made clear.
     """
     mixed, sigma = own.part(part)
     output = draw(dit, mixed, sigma, own.told.states, own.told.said)[0].float()
     spread = sigma[:, None, None, None]
     wrong = mixed + spread * output - own.corrected
     weights = balance(around_things(own.corrected)) / spread
-    things = shown_things(own.scenes, own.corrected)
-    means = over_things(wrong, torch.cat([things, ~things.any(1, keepdim=True)], 1))
-    colours = COLOURS_WEIGHT * (weights * means.pow(2)).mean()
+    colours = COLOURS_WEIGHT * (weights * over_things(wrong, coloured(own)).pow(2)).mean()
     if not own.told.blended:
         return {"colours": colours}
     return {"blended": (weights * wrong.pow(2)).mean(), "blended colours": colours}
+
+
+def coloured(own: Drawings) -> Tensor:
+    """Which latents show each thing, and last the background, where its colour is asked for: bool `[n, things + 1,
+    height, width]`."""
+    things = shown_things(own.scenes, own.corrected)
+    parts = torch.cat([things, ~things.any(1, keepdim=True)], 1)
+    asked = torch.ones(parts.shape[:2], dtype=torch.bool)
+    for index, example in enumerate(own.told.examples):
+        if not own.told.blended:
+            asked[index, :-1], asked[index, -1] = example.names_colours, example.said.background
+    return parts & asked[..., None, None].to(parts.device)
 
 
 def kept_losses(dit: ZImageTransformer2DModel, before: ZImageTransformer2DModel, draw: Draw, batch: Noisy) -> Losses:
@@ -148,11 +176,12 @@ def draw_and_correct(dit: ZImageTransformer2DModel, draw: Draw, vae: Autoencoder
     """Draws from the batch's noise, and what that should have been."""
     way, last = _drawn_from(dit, draw, told, told.states)
     own = _decode(vae, last)
-    free = _decode(vae, _drawn_from(dit, draw, told, told.alone)[1]) if told.blended else own
-    examples = [as_chosen(example, picture) for example, picture in zip(told.examples, free, strict=True)]
-    corrected = encode(vae, [correct(example, picture) for example, picture in zip(examples, own, strict=True)])
-    scenes = [drawn(example)[0] for example in examples]
-    return Drawings(told=told, way=way, corrected=corrected.to(way), scenes=scenes)
+    examples = told.examples
+    if told.blended:
+        alone = _decode(vae, _drawn_from(dit, draw, told, told.alone)[1])
+        examples = [as_chosen(example, picture) for example, picture in zip(examples, alone, strict=True)]
+    corrected = corrected_latents(vae, examples, own)
+    return Drawings(told=told, way=way, corrected=corrected.to(way), scenes=[drawn(example)[0] for example in examples])
 
 
 def _drawn_from(dit: ZImageTransformer2DModel, draw: Draw, told: Noisy, states: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,13 +219,24 @@ def as_chosen(example: Example, picture: Pixels) -> Example:
     return example if invisible or any(map(is_held_out, things_shown(chosen))) else chosen
 
 
-def correct(example: Example, picture: Pixels) -> Pixels:
-    """What an example asks for, its things as far off their places and sizes as in `picture`, uint8 `[height, width,
-    3]` both."""
-    scene, tint = drawn(example)
+def corrected_latents(vae: AutoencoderKL, examples: list[Example], own: list[Pixels]) -> Tensor:
+    """Latents of what the examples ask for, drawn as the things stand in `own`, uint8 `[height, width, 3]` each:
+    `[n, 16, height / 8, width / 8]`. Those of a blend lie between the latents of the two that are blended."""
+    ends: tuple[list[Pixels], list[Pixels]] = ([], [])
+    shares = []
+    for example, picture in zip(examples, own, strict=True):
+        scene, tint = drawn(example)
+        shares.append(tint.alpha if tint else 0.0)
+        for end, one in zip(ends, (None, replace(tint, alpha=1.0) if tint else None), strict=True):
+            end.append(correct(scene, picture, one))
+    first, second = (encode(vae, end).float() for end in ends)
+    return torch.lerp(first, second, torch.tensor(shares)[:, None, None, None])
+
+
+def correct(scene: Scene, picture: Pixels, tint: Tint | None = None) -> Pixels:
+    """The scene with its things as far off their places and sizes as in `picture`, uint8 `[height, width, 3]` both."""
     height, width = picture.shape[:2]
-    poses = poses_in(scene, picture)
-    return np.asarray(render(scene, width=width, height=height, tint=tint, poses=poses))
+    return np.asarray(render(scene, width=width, height=height, tint=tint, poses=poses_in(scene, picture)))
 
 
 def poses_in(scene: Scene, picture: Pixels) -> list[Pose]:

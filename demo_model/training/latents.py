@@ -167,7 +167,7 @@ def _metadata(path: Path) -> dict[str, str] | None:
 def _fingerprint(vae: AutoencoderKL, size: tuple[int, int], examples: list[Example], seed: int) -> str:
     """Of all that latents follow from, but for the code that draws: latents of others are made anew."""
     digest = hashlib.sha256(repr((size, examples, seed)).encode())
-    for parameter in vae.parameters():
+    for parameter in vae.encoder.parameters():
         digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 

@@ -33,6 +33,7 @@ IMAGES = {(128, 128): 32, (256, 256): 10}
 IMAGES_OTHERS = 14
 SMALLEST, LARGER = 0.15, 0.93  # the batches up to these shares are of 128x128 and of 256x256; other sizes fill the rest
 BLENDED_SHARE = {(128, 128): 0.35, (256, 256): 0.3}  # of the batches of a size that show blended texts
+COMPILED = 32  # forwards: two sizes, two lengths of prompts, several models with gradients or without
 SEEN = 0.7  # share of the references that are seen; the rest are read
 WITHOUT_TURN = 0.5  # share of those that are seen without the tokens of the user's turn around the picture
 PURE_NOISE = 0.2  # share of the examples at sigma 1
@@ -158,6 +159,7 @@ class Draw:
 
     @cached_property
     def _quick(self) -> Callable[..., Shown]:
+        torch._dynamo.config.recompile_limit = COMPILED
         compiled: Any = torch.compile(predict_and_show, dynamic=False) if shutil.which("c++") else predict_and_show
         return compiled  # type: ignore[no-any-return]
 

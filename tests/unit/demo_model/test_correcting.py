@@ -6,24 +6,27 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
 from torch import nn
 
 from demo_model.captions import EVERYTHING, Said
 from demo_model.judge import judge
-from demo_model.render import JITTER, RESIZED, Pose, Tint, render
+from demo_model.render import JITTER, RESIZED, Pose, render
 from demo_model.training.correcting import (
     STEPS,
     WAY,
     Drawings,
     as_chosen,
+    coloured,
     correct,
+    corrected_latents,
     draw_and_correct,
+    own_losses,
     poses_in,
     sigmas,
 )
 from demo_model.training.dit import new_dit, use_real_rotation
-from demo_model.training.latents import Example
+from demo_model.training.latents import Example, encode
 from demo_model.training.noisy import Draw, Noisy
 from demo_model.training.reading import shown_things
 from demo_model.training.vae import new_vae
@@ -51,7 +54,7 @@ def test_a_picture_is_drawn_anew_where_its_things_stand(side: int) -> None:
             continue
         poses = [Pose.random(rng) for _ in scene.things]
         picture = np.asarray(render(scene, width=side, height=side, poses=poses))
-        again = correct(Example(scene=scene), picture)
+        again = correct(scene, picture)
         assert np.abs(again.astype(int) - picture).mean() < 1.2
     usual = poses_in(BOTH, np.asarray(render(BOTH, width=side, height=side)))
     for pose in usual:
@@ -77,7 +80,7 @@ def test_wrong_colours_become_those_that_the_prompt_names() -> None:
     wrong = replace(BOTH, things=(replace(HEART, colour=Colour.PURPLE), replace(STAR, colour=Colour.CYAN)))
     picture = np.asarray(render(wrong, width=128, height=128))
     meant = np.asarray(render(BOTH, width=128, height=128))
-    assert np.abs(correct(Example(scene=BOTH), picture).astype(int) - meant).mean() < 1
+    assert np.abs(correct(BOTH, picture).astype(int) - meant).mean() < 1
 
 
 def test_colours_that_the_prompt_leaves_open_stay_as_they_were_chosen() -> None:
@@ -110,18 +113,56 @@ def test_a_chosen_combination_that_is_held_out_is_not_learnt() -> None:
 
 
 def test_a_blend_is_between_what_is_drawn_without_a_reference_and_the_reference() -> None:
+    """As latents, in the shapes of the prompt; near the reference in its shapes."""
+    torch.manual_seed(0)
+    vae = new_vae().eval()
+    vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
     plain = Scene(background=Colour.BLACK, things=(replace(HEART, colour=Colour.WHITE),))
     reference = Scene(background=Colour.RED, things=(STAR,))
-    example = Example(
-        scene=Scene(background=Colour.BLUE, things=(HEART,)),
-        said=Said(colour=False, background=False),
-        kind="blend",
-        reference=reference,
-        alpha=0.6,
-    )
     free = np.asarray(render(plain, width=128, height=128))
-    meant = render(plain, width=128, height=128, tint=Tint(reference=reference, alpha=0.6))
-    assert np.abs(correct(as_chosen(example, free), free).astype(int) - np.asarray(meant)).mean() < 1
+    said = Said(colour=False, background=False)
+    example = Example(scene=Scene(background=Colour.BLUE, things=(HEART,)), said=said, kind="blend")
+    for alpha, drawn, share in ((0.6, plain, 0.6), (0.9, reference, 0.1), (1.0, reference, 0.0)):
+        chosen = as_chosen(replace(example, reference=reference, alpha=alpha), free)
+        picture = render(drawn, width=128, height=128)
+        other = replace(drawn, background=Colour.BLACK, things=(replace(drawn.things[0], colour=Colour.WHITE),))
+        if drawn is plain:
+            other = replace(plain, background=Colour.RED, things=(replace(HEART, colour=Colour.BLUE),))
+        ends = encode(vae, [np.asarray(one) for one in (picture, render(other, width=128, height=128))]).float()
+        (latents,) = corrected_latents(vae, [chosen], [np.asarray(picture)])
+        torch.testing.assert_close(latents, torch.lerp(ends[0], ends[1], share), rtol=0.01, atol=0.02)
+
+
+def test_only_colours_that_are_asked_for_are_corrected() -> None:
+    """Of a prompt the things' where it names them, and the background's; of a blend all."""
+    latents = torch.zeros(1, 16, 12, 12)
+    latents[:, :, 1:3, 1:3], latents[:, :, 9:11, 5:8] = 2.0, -2.0
+    said = {
+        (True, True): EVERYTHING,
+        (False, True): Said(colour=False),
+        (True, False): Said(background=False),
+        (False, False): Said(colour=False, background=False),
+    }
+    whole = [4, 6, 144 - 10]
+    for (things, ground), what in said.items():
+        asked = [things, things, ground]
+        parts = coloured(_drawings(Example(scene=BOTH, said=what), latents))
+        assert parts.sum((2, 3)).tolist() == [[cells * one for cells, one in zip(whole, asked, strict=True)]]
+    blend = Example(scene=BOTH, said=Said(colour=False), kind="blend", reference=BOTH, alpha=0.3)
+    assert coloured(_drawings(blend, latents)).sum((2, 3)).tolist() == [whole]
+
+
+def test_what_is_left_open_is_not_learnt() -> None:
+    """Colours of no part that the prompt names: the DiT gets no gradient from them."""
+    dit = _small_dit()
+    latents = torch.zeros(1, 16, 12, 12)
+    latents[:, :, 1:3, 1:3], latents[:, :, 9:11, 5:8] = 2.0, -2.0
+    for said, learnt in ((Said(colour=False, background=False), False), (EVERYTHING, True)):
+        dit.zero_grad()
+        (colours,) = own_losses(dit, Draw(), _drawings(Example(scene=BOTH, said=said), latents), 0).values()
+        colours.backward()
+        moved = sum(float(one.grad.abs().sum()) for one in dit.parameters() if one.grad is not None)
+        assert (moved > 0) is learnt
 
 
 def test_each_step_of_each_drawing_is_learnt_from_once() -> None:
@@ -140,12 +181,8 @@ def test_each_step_of_each_drawing_is_learnt_from_once() -> None:
 
 @pytest.mark.parametrize("blended", [False, True])
 def test_drawings_begin_with_the_noise_and_end_near_their_correction(*, blended: bool) -> None:
-    torch.manual_seed(0)
-    dit, vae = new_dit().eval(), new_vae().eval()
+    dit, vae = _small_dit(), new_vae().eval()
     vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
-    for parameter in dit.parameters():
-        nn.init.normal_(parameter, std=0.02)
-    use_real_rotation(dit)
     told = _noisy(2, blended=blended)
     own = draw_and_correct(dit, Draw(), vae, told)
     assert own.way.shape == (WAY, 2, 16, 8, 8)
@@ -164,6 +201,22 @@ def test_things_of_latents_are_told_apart() -> None:
     one = replace(BOTH, things=(STAR,))
     things = shown_things([BOTH, one], latents)
     assert things.sum((2, 3)).tolist() == [[4, 6], [10, 0]]
+
+
+def _small_dit() -> ZImageTransformer2DModel:
+    torch.manual_seed(0)
+    dit = new_dit().eval()
+    for parameter in dit.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    use_real_rotation(dit)
+    return dit
+
+
+def _drawings(example: Example, corrected: torch.Tensor) -> Drawings:
+    """One drawing, that should have been `corrected`."""
+    told = replace(_noisy(1), examples=[example])
+    way = torch.randn(WAY, *corrected.shape)
+    return Drawings(told=told, way=way, corrected=corrected, scenes=[BOTH])
 
 
 def _noisy(count: int, *, blended: bool = False) -> Noisy:
