@@ -8,13 +8,13 @@ with its things where the DiT put them but in the colours and shapes that the pr
 there learns to lead to that picture. See Ross et al., "A Reduction of Imitation Learning and Structured Prediction to
 No-Regret Online Learning" (2011).
 
-What a prompt leaves open is left alone. Where a reference is blended in, it is what the DiT draws from the same noise
-without one, and what should have been drawn lies between that and the reference, as latents: more alpha then goes
-further on one way instead of along another.
+What a prompt leaves open is left alone. A reference that takes the prompt's whole place is corrected alike; where it is
+blended in, the DiT keeps to what it answered before, and learns to answer the same where the tokens of the user's turn
+are blended in with those of the picture.
 """
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,20 +24,20 @@ from diffusers import AutoencoderKL, ZImageTransformer2DModel
 from numpy.typing import NDArray
 from torch import Tensor
 
-from demo_model.judge import APART, colour_of
-from demo_model.render import JITTER, RESIZED, Pose, Tint, render
+from demo_model.judge import APART
+from demo_model.render import JITTER, RESIZED, Pose, render
 from demo_model.seeing import Vision
 from demo_model.training.dit import use_real_rotation
 from demo_model.training.guidance import named_things, over_things
 from demo_model.training.joint import SHIFT, Learnt, around_things, balance
-from demo_model.training.latents import Example, drawn, encode, things_shown
+from demo_model.training.latents import Example, drawn, encode
 from demo_model.training.loop import Losses, Schedule, run_stage
 from demo_model.training.noisy import Draw, Kind, Noisy, NoisyBatches
 from demo_model.training.reading import shown_things
 from demo_model.training.text import TextBatches
-from demo_model.world import RADIUS, RGB, Colour, Scene, Thing, distance, is_held_out
+from demo_model.world import RADIUS, Colour, Scene, Thing
 
-SCHEDULE = Schedule(steps=8_000, learning_rate=4e-4)
+SCHEDULE = Schedule(steps=1_050, learning_rate=2.5e-4)
 STEPS = 9  # of a drawing, the last of them at sigma 0, where nothing is left to do
 WAY = STEPS - 1  # those that do something
 COLOURS_WEIGHT = 2.0  # of what is wrong with the means over things and background, besides its share of the whole error
@@ -48,7 +48,7 @@ Pixels = NDArray[np.uint8]
 
 def tells_things(example: Example) -> bool:
     """Whether the prompt asks for things of this world, and for their shapes."""
-    return example.kind in ("said", "long", "blend") and example.said.shape
+    return example.kind in ("said", "long") and example.said.shape
 
 
 def is_reference(example: Example) -> bool:
@@ -68,9 +68,9 @@ class Turn:
 
 REFERENCE = Turn(own=True, kind=Kind(size=(256, 256), wanted=is_reference, blended=True))
 LARGE, SMALL = (Turn(own=True, kind=Kind(size=size, wanted=tells_things)) for size in ((256, 256), (128, 128)))
-BLEND = Turn(own=True, kind=Kind(size=(256, 256), wanted=tells_things, blended=True))
+BLEND = Turn(own=False, kind=Kind(size=(256, 256), blended=True))
 KEEP = Turn(own=False)
-TURNS = (LARGE, BLEND, SMALL, BLEND, LARGE, KEEP, BLEND, REFERENCE)
+TURNS = (LARGE, BLEND, SMALL, KEEP, LARGE, BLEND, REFERENCE)
 
 
 def sigmas() -> Tensor:
@@ -134,7 +134,7 @@ def learn_from_own(
 
 
 def own_losses(dit: ZImageTransformer2DModel, draw: Draw, own: Drawings, part: int) -> Losses:
-    """How wrong the mean colours that the prompts name are where steps of drawings lead to; of blends all of that.
+    """How wrong the mean colours that the prompts name are where steps of drawings lead to; of references all of that.
 
     The rest is left alone. A step that leads to a mean over all that could still come of it blurs what guidance has
     made clear.
@@ -147,7 +147,7 @@ def own_losses(dit: ZImageTransformer2DModel, draw: Draw, own: Drawings, part: i
     colours = COLOURS_WEIGHT * (weights * over_things(wrong, coloured(own)).pow(2)).mean()
     if not own.told.blended:
         return {"colours": colours}
-    return {"blended": (weights * wrong.pow(2)).mean(), "blended colours": colours}
+    return {"references": (weights * wrong.pow(2)).mean(), "references' colours": colours}
 
 
 def coloured(own: Drawings) -> Tensor:
@@ -165,34 +165,26 @@ def coloured(own: Drawings) -> Tensor:
 def kept_losses(dit: ZImageTransformer2DModel, before: ZImageTransformer2DModel, draw: Draw, batch: Noisy) -> Losses:
     """How far the DiT is from what it answered before this stage, but for the colours that the prompts name."""
     with torch.no_grad():
-        goal = draw(before, batch.mixed, batch.sigma, batch.states, batch.said)[0].float()
+        goal = draw(before, batch.mixed, batch.sigma, batch.without_turn, batch.said)[0].float()
     goal = goal - over_things(goal - batch.flow, named_things(batch))
     output = draw(dit, batch.mixed, batch.sigma, batch.states, batch.said)[0].float()
-    return {"kept": (balance(around_things(batch.latents)) * (output - goal).pow(2)).mean()}
+    return {
+        "blends" if batch.blended else "kept": (balance(around_things(batch.latents)) * (output - goal).pow(2)).mean()
+    }
 
 
 @torch.no_grad()
 def draw_and_correct(dit: ZImageTransformer2DModel, draw: Draw, vae: AutoencoderKL, told: Noisy) -> Drawings:
     """Draws from the batch's noise, and what that should have been."""
-    way, last = _drawn_from(dit, draw, told, told.states)
-    own = _decode(vae, last)
-    examples = told.examples
-    if told.blended:
-        alone = _decode(vae, _drawn_from(dit, draw, told, told.alone)[1])
-        examples = [as_chosen(example, picture) for example, picture in zip(examples, alone, strict=True)]
-    corrected = corrected_latents(vae, examples, own)
-    return Drawings(told=told, way=way, corrected=corrected.to(way), scenes=[drawn(example)[0] for example in examples])
-
-
-def _drawn_from(dit: ZImageTransformer2DModel, draw: Draw, told: Noisy, states: Tensor) -> tuple[Tensor, Tensor]:
-    """The latents before each step `[WAY, n, 16, height, width]`, and the last ones `[n, 16, height, width]`."""
-    latents, way = told.noise, []
-    schedule = sigmas().to(latents)
-    for now, then in pairwise(schedule):
-        way.append(latents)
-        output = draw(dit, latents, now.expand(len(latents)).contiguous(), states, told.said)[0].float()
+    latents, steps = told.noise, []
+    for now, then in pairwise(sigmas().to(latents)):
+        steps.append(latents)
+        output = draw(dit, latents, now.expand(len(latents)).contiguous(), told.states, told.said)[0].float()
         latents = latents + (now - then) * output
-    return torch.stack(way), latents
+    way, own = torch.stack(steps), _decode(vae, latents)
+    corrected = encode(vae, [correct(example, picture) for example, picture in zip(told.examples, own, strict=True)])
+    scenes = [drawn(example)[0] for example in told.examples]
+    return Drawings(told=told, way=way, corrected=corrected.to(way), scenes=scenes)
 
 
 def _decode(vae: AutoencoderKL, latents: Tensor) -> list[Pixels]:
@@ -201,42 +193,13 @@ def _decode(vae: AutoencoderKL, latents: Tensor) -> list[Pixels]:
     return list(levels.permute(0, 2, 3, 1).cpu().numpy())
 
 
-def as_chosen(example: Example, picture: Pixels) -> Example:
-    """The example with the colours that its prompt leaves open as they are in a picture of it, uint8 `[height, width,
-    3]`; as it was where that would show a combination that is held out."""
-    scene, said = example.scene, example.said
-    if not said.background:
-        border = np.median(_border(picture), axis=0)
-        scene = replace(scene, background=min(Colour, key=lambda colour: distance(RGB[colour], tuple(border))))
-    if not said.colour:
-        things = [
-            replace(thing, colour=colour_of(picture[shown].astype(np.float32))) if shown.any() else thing
-            for thing, shown in zip(scene.things, _shown(scene, picture), strict=True)
-        ]
-        scene = replace(scene, things=tuple(things))
-    chosen = replace(example, scene=scene)
-    invisible = any(thing.colour is scene.background for thing in scene.things)
-    return example if invisible or any(map(is_held_out, things_shown(chosen))) else chosen
-
-
-def corrected_latents(vae: AutoencoderKL, examples: list[Example], own: list[Pixels]) -> Tensor:
-    """Latents of what the examples ask for, drawn as the things stand in `own`, uint8 `[height, width, 3]` each:
-    `[n, 16, height / 8, width / 8]`. Those of a blend lie between the latents of the two that are blended."""
-    ends: tuple[list[Pixels], list[Pixels]] = ([], [])
-    shares = []
-    for example, picture in zip(examples, own, strict=True):
-        scene, tint = drawn(example)
-        shares.append(tint.alpha if tint else 0.0)
-        for end, one in zip(ends, (None, replace(tint, alpha=1.0) if tint else None), strict=True):
-            end.append(correct(scene, picture, one))
-    first, second = (encode(vae, end).float() for end in ends)
-    return torch.lerp(first, second, torch.tensor(shares)[:, None, None, None])
-
-
-def correct(scene: Scene, picture: Pixels, tint: Tint | None = None) -> Pixels:
-    """The scene with its things as far off their places and sizes as in `picture`, uint8 `[height, width, 3]` both."""
+def correct(example: Example, picture: Pixels) -> Pixels:
+    """What an example asks for, its things as far off their places and sizes as in `picture`, uint8 `[height, width,
+    3]` both."""
+    scene, tint = drawn(example)
     height, width = picture.shape[:2]
-    return np.asarray(render(scene, width=width, height=height, tint=tint, poses=poses_in(scene, picture)))
+    poses = poses_in(scene, picture)
+    return np.asarray(render(scene, width=width, height=height, tint=tint, poses=poses))
 
 
 def poses_in(scene: Scene, picture: Pixels) -> list[Pose]:

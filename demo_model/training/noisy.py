@@ -39,8 +39,9 @@ WITHOUT_TURN = 0.5  # share of those that are seen without the tokens of the use
 PURE_NOISE = 0.2  # share of the examples at sigma 1
 SIGMA_CENTER, SIGMA_SPREAD = 0.8, 1.1  # of the logistic normal that the others' sigma comes from, before the shift
 
-See = Callable[[Scene], Tensor | None]
-"""Hidden states of a picture of a scene, `[tokens, width]`; None for scenes that are read instead."""
+See = Callable[[Scene], tuple[Tensor, Tensor] | None]
+"""Hidden states of a picture of a scene, `[tokens, width]`, and those of the picture's own tokens; None for scenes that
+are read instead."""
 Shown = tuple[Tensor, list[Tensor]]
 """What `predict_and_show` answers."""
 
@@ -59,14 +60,14 @@ class Noisy:
     """A batch of one size: `latents` and `noise` `[n, 16, height, width]`, mixed at `sigma` `[n]`, and the prompts'
     hidden states `[n, tokens, width]`, of which those are filling that are not `said` (bool `[n, tokens]`).
 
-    `alone` are the states before a reference is blended in."""
+    `without_turn` are the same states where of a seen reference the picture's own tokens alone are blended in."""
 
     examples: list[Example]
     latents: Tensor
     noise: Tensor
     sigma: Tensor
     states: Tensor
-    alone: Tensor
+    without_turn: Tensor
     said: Tensor
 
     @property
@@ -123,7 +124,7 @@ class NoisyBatches:
     def _batch(self, step: int, rng: random.Random, kind: Kind) -> Noisy:
         rows, examples, latents = _batch(self._pools, self._batches, rng, kind)
         count = len(rows)
-        states, alone, said = _read(
+        states, without_turn, said = _read(
             self._learnt,
             self._batches,
             rows,
@@ -138,14 +139,15 @@ class NoisyBatches:
             noise=noise.to(self._device),
             sigma=sigma.to(self._device),
             states=states,
-            alone=alone,
+            without_turn=without_turn,
             said=said,
         )
 
-    def _see(self, reference: Scene, rng: random.Random) -> Tensor | None:
+    def _see(self, reference: Scene, rng: random.Random) -> tuple[Tensor, Tensor] | None:
         if rng.random() >= SEEN:
             return None
-        return self._seen(reference, image_tokens_only=rng.random() < WITHOUT_TURN)
+        picture = self._seen(reference, image_tokens_only=True)
+        return picture if rng.random() < WITHOUT_TURN else self._seen(reference, image_tokens_only=False), picture
 
     @torch.no_grad()
     def nothing(self) -> tuple[Tensor, Tensor]:
@@ -210,7 +212,7 @@ def _filled(length: int) -> int:
 def _read(
     learnt: Learnt, batches: TextBatches, rows: list[list[int]], examples: Sequence[Example], see: See
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states of the prompts `[n, tokens, width]`, the same before references are blended in, and which are said.
+    """Hidden states of the prompts `[n, tokens, width]`, the same without the turns of references, and which are said.
 
     A reference is what `see` answers for it, or else its words.
     """
@@ -221,9 +223,11 @@ def _read(
     pulled_to = []
     for example, read in zip(examples, reference_states(states, rows, references), strict=False):
         seen = see(example.reference) if example.reference else None
-        pulled_to.append(read if seen is None else seen)
-    blended = blended_states(states, rows, pulled_to, examples)
-    return blended, states[: len(rows)], said[: len(rows)].to(states.device)
+        pulled_to.append((read, read) if seen is None else seen)
+    blended, without_turn = (
+        blended_states(states, rows, [seen[way] for seen in pulled_to], examples) for way in range(2)
+    )
+    return blended, without_turn, said[: len(rows)].to(states.device)
 
 
 def _sigmas(rng: random.Random, count: int) -> Tensor:

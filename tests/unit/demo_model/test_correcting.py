@@ -16,21 +16,21 @@ from demo_model.training.correcting import (
     STEPS,
     WAY,
     Drawings,
-    as_chosen,
     coloured,
     correct,
-    corrected_latents,
     draw_and_correct,
+    is_reference,
+    kept_losses,
     own_losses,
     poses_in,
     sigmas,
 )
 from demo_model.training.dit import new_dit, use_real_rotation
-from demo_model.training.latents import Example, encode
+from demo_model.training.latents import Example
 from demo_model.training.noisy import Draw, Noisy
 from demo_model.training.reading import shown_things
 from demo_model.training.vae import new_vae
-from demo_model.world import RGB, Colour, Pattern, Place, Scene, Shape, Size, Thing, is_held_out, random_scene
+from demo_model.world import RGB, Colour, Pattern, Place, Scene, Shape, Size, Thing, random_scene
 
 STAR = Thing(shape=Shape.STAR, colour=Colour.BLUE, size=Size.SMALL, place=Place.BOTTOM)
 HEART = Thing(shape=Shape.HEART, colour=Colour.PINK, place=Place.TOP_LEFT)
@@ -54,7 +54,7 @@ def test_a_picture_is_drawn_anew_where_its_things_stand(side: int) -> None:
             continue
         poses = [Pose.random(rng) for _ in scene.things]
         picture = np.asarray(render(scene, width=side, height=side, poses=poses))
-        again = correct(scene, picture)
+        again = correct(Example(scene=scene), picture)
         assert np.abs(again.astype(int) - picture).mean() < 1.2
     usual = poses_in(BOTH, np.asarray(render(BOTH, width=side, height=side)))
     for pose in usual:
@@ -80,61 +80,21 @@ def test_wrong_colours_become_those_that_the_prompt_names() -> None:
     wrong = replace(BOTH, things=(replace(HEART, colour=Colour.PURPLE), replace(STAR, colour=Colour.CYAN)))
     picture = np.asarray(render(wrong, width=128, height=128))
     meant = np.asarray(render(BOTH, width=128, height=128))
-    assert np.abs(correct(BOTH, picture).astype(int) - meant).mean() < 1
+    assert np.abs(correct(Example(scene=BOTH), picture).astype(int) - meant).mean() < 1
 
 
-def test_colours_that_the_prompt_leaves_open_stay_as_they_were_chosen() -> None:
-    chosen = replace(BOTH, background=Colour.GREEN, things=(replace(HEART, colour=Colour.RED), STAR))
-    assert not any(map(is_held_out, chosen.things))
-    picture = np.asarray(render(chosen, width=128, height=128))
-    said = {
-        "all": (EVERYTHING, BOTH),
-        "background": (Said(colour=False), replace(chosen, background=BOTH.background)),
-        "colours": (Said(background=False), replace(BOTH, background=Colour.GREEN)),
-        "nothing": (Said(colour=False, background=False), chosen),
-    }
-    for named, (what, meant) in said.items():
-        assert as_chosen(Example(scene=BOTH, said=what), picture).scene == meant, named
-
-
-def test_a_chosen_combination_that_is_held_out_is_not_learnt() -> None:
-    rng = random.Random(2)
-    free = Said(colour=False, background=False)
-    met = 0
-    for _ in range(100):
-        scene = random_scene(rng, things=1)
-        (thing,) = scene.things
-        other = replace(thing, colour=rng.choice([colour for colour in Colour if colour is not scene.background]))
-        picture = np.asarray(render(replace(scene, things=(other,)), width=128, height=128))
-        kept = as_chosen(Example(scene=scene, said=free), picture)
-        assert not any(map(is_held_out, kept.scene.things))
-        met += is_held_out(other)
-    assert met > 3
-
-
-def test_a_blend_is_between_what_is_drawn_without_a_reference_and_the_reference() -> None:
-    """As latents, in the shapes of the prompt; near the reference in its shapes."""
-    torch.manual_seed(0)
-    vae = new_vae().eval()
-    vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
-    plain = Scene(background=Colour.BLACK, things=(replace(HEART, colour=Colour.WHITE),))
-    reference = Scene(background=Colour.RED, things=(STAR,))
-    free = np.asarray(render(plain, width=128, height=128))
-    said = Said(colour=False, background=False)
-    example = Example(scene=Scene(background=Colour.BLUE, things=(HEART,)), said=said, kind="blend")
-    for alpha, drawn, share in ((0.6, plain, 0.6), (0.9, reference, 0.1), (1.0, reference, 0.0)):
-        chosen = as_chosen(replace(example, reference=reference, alpha=alpha), free)
-        picture = render(drawn, width=128, height=128)
-        other = replace(drawn, background=Colour.BLACK, things=(replace(drawn.things[0], colour=Colour.WHITE),))
-        if drawn is plain:
-            other = replace(plain, background=Colour.RED, things=(replace(HEART, colour=Colour.BLUE),))
-        ends = encode(vae, [np.asarray(one) for one in (picture, render(other, width=128, height=128))]).float()
-        (latents,) = corrected_latents(vae, [chosen], [np.asarray(picture)])
-        torch.testing.assert_close(latents, torch.lerp(ends[0], ends[1], share), rtol=0.01, atol=0.02)
+def test_a_reference_that_takes_the_prompts_place_is_what_is_drawn() -> None:
+    meant = Scene(background=Colour.RED, things=(STAR,))
+    example = Example(scene=BOTH, kind="blend", reference=meant, alpha=1.0)
+    assert is_reference(example)
+    wrong = replace(meant, background=Colour.GREEN)
+    picture = np.asarray(render(wrong, width=128, height=128))
+    right = np.asarray(render(meant, width=128, height=128))
+    assert np.abs(correct(example, picture).astype(int) - right).mean() < 1
 
 
 def test_only_colours_that_are_asked_for_are_corrected() -> None:
-    """Of a prompt the things' where it names them, and the background's; of a blend all."""
+    """Of a prompt the things' where it names them, and the background's; of a reference all."""
     latents = torch.zeros(1, 16, 12, 12)
     latents[:, :, 1:3, 1:3], latents[:, :, 9:11, 5:8] = 2.0, -2.0
     said = {
@@ -148,8 +108,8 @@ def test_only_colours_that_are_asked_for_are_corrected() -> None:
         asked = [things, things, ground]
         parts = coloured(_drawings(Example(scene=BOTH, said=what), latents))
         assert parts.sum((2, 3)).tolist() == [[cells * one for cells, one in zip(whole, asked, strict=True)]]
-    blend = Example(scene=BOTH, said=Said(colour=False), kind="blend", reference=BOTH, alpha=0.3)
-    assert coloured(_drawings(blend, latents)).sum((2, 3)).tolist() == [whole]
+    reference = Example(scene=BOTH, said=Said(colour=False), kind="blend", reference=BOTH, alpha=1.0)
+    assert coloured(_drawings(reference, latents)).sum((2, 3)).tolist() == [whole]
 
 
 def test_what_is_left_open_is_not_learnt() -> None:
@@ -163,6 +123,14 @@ def test_what_is_left_open_is_not_learnt() -> None:
         colours.backward()
         moved = sum(float(one.grad.abs().sum()) for one in dit.parameters() if one.grad is not None)
         assert (moved > 0) is learnt
+
+
+def test_blends_keep_to_what_was_answered_without_the_turn() -> None:
+    """The same DiT before and after: what is wrong is only what the tokens of the turn change."""
+    dit = _small_dit()
+    batch = _noisy(2, blended=True)
+    assert kept_losses(dit, dit, Draw(), batch)["blends"] > 0
+    assert kept_losses(dit, dit, Draw(), replace(batch, without_turn=batch.states))["blends"] == 0
 
 
 def test_each_step_of_each_drawing_is_learnt_from_once() -> None:
@@ -231,6 +199,6 @@ def _noisy(count: int, *, blended: bool = False) -> Noisy:
         noise=torch.randn(count, 16, 8, 8),
         sigma=torch.ones(count),
         states=states,
-        alone=states.flip(1),
+        without_turn=states.flip(1),
         said=torch.ones(count, 32, dtype=torch.bool),
     )

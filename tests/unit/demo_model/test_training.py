@@ -149,7 +149,7 @@ def test_guidance_is_learnt_from_what_prompt_and_nothing_give(tokenizer: Tokeniz
         noise=torch.randn(2, 16, 8, 8),
         sigma=torch.tensor([1.0, 0.5]),
         states=states.expand(2, -1, -1),
-        alone=states.expand(2, -1, -1),
+        without_turn=states.expand(2, -1, -1),
         said=said.expand(2, -1),
     )
     goal = Guided(dit, (nothing, of_nothing), Draw())(batch)
@@ -191,7 +191,7 @@ def test_the_mean_over_a_thing_is_told_apart_from_the_rest() -> None:
         noise=torch.zeros_like(latents),
         sigma=torch.ones(3),
         states=torch.zeros(3, 32, 8),
-        alone=torch.zeros(3, 32, 8),
+        without_turn=torch.zeros(3, 32, 8),
         said=torch.ones(3, 32, dtype=torch.bool),
     )
     assert not batch.blended
