@@ -71,6 +71,7 @@ LARGE, SMALL = (Turn(own=True, kind=Kind(size=size, wanted=tells_things)) for si
 BLEND = Turn(own=False, kind=Kind(size=(256, 256), blended=True))
 KEEP = Turn(own=False)
 TURNS = (LARGE, BLEND, SMALL, KEEP, LARGE, BLEND, REFERENCE)
+"""What the steps learn, one after the other and then from the beginning."""
 
 
 def sigmas() -> Tensor:
@@ -168,9 +169,8 @@ def kept_losses(dit: ZImageTransformer2DModel, before: ZImageTransformer2DModel,
         goal = draw(before, batch.mixed, batch.sigma, batch.without_turn, batch.said)[0].float()
     goal = goal - over_things(goal - batch.flow, named_things(batch))
     output = draw(dit, batch.mixed, batch.sigma, batch.states, batch.said)[0].float()
-    return {
-        "blends" if batch.blended else "kept": (balance(around_things(batch.latents)) * (output - goal).pow(2)).mean()
-    }
+    weights = balance(around_things(batch.latents))
+    return {"blends" if batch.blended else "kept": (weights * (output - goal).pow(2)).mean()}
 
 
 @torch.no_grad()

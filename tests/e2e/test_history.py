@@ -19,7 +19,7 @@ from servers import Running, free_port, picture, png_size, running, serve, wait_
 
 pytestmark = pytest.mark.slow
 CLIENTS, PICTURES = 8, 200
-AWAY_S = 20.0
+AWAY_S = 20.0  # longer than connections wait and than /health remembers
 VICTIMS = ("valkey", "services.gateway", "redis_server", "services.encoder", "services.diffusion", "valkey")
 
 
