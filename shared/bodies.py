@@ -12,9 +12,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from shared.errors import BodyTooLarge, QueueFull
 
 RETRY_AFTER_S = 5
-MAX_QUOTES = 50_000
-"""Of a JSON body, without those that a text escapes: more than the longest conversation has. Each 100,000 fields hold
-the event loop for about half a second, until they are parsed and refused."""
+MAX_QUOTES, MAX_MARKS = 50_000, 300_000
+"""Of a JSON body: quotes without those that a text escapes, more than the longest conversation has; and commas and
+opening brackets, more than all its texts could hold, where base64 has none. Each 100,000 fields, or as many lists, hold
+the event loop for up to half a second, until they are parsed and refused."""
+_TOO_MUCH = f"The request body has more than {MAX_QUOTES // 2} names and texts, or {MAX_MARKS} commas and brackets."
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,7 @@ class BodyLimits:
 
 
 class CountedBodies:
-    """Counts what arrives of bodies: bytes up to each path's limit, by the framework, and the quotes of JSON."""
+    """Counts what arrives of bodies: bytes up to each path's limit, by the framework, and what JSON is made of."""
 
     def __init__(self, app: ASGIApp, *, limits: BodyLimits) -> None:
         self.app = app
@@ -43,7 +45,7 @@ class CountedBodies:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles one ASGI connection."""
         limit = self.limits.of(scope.get("path", ""))
-        counted = _with_few_quotes(receive) if _is_json(scope) else receive
+        counted = _of_few_values(receive) if _is_json(scope) else receive
         await RequestBodyLimitMiddleware(self.app, limit)(scope, counted, send)
 
 
@@ -79,26 +81,28 @@ class HeldBodies:
         length = headers.get("content-length")
         if length is None:
             return limit if "transfer-encoding" in headers else 0
-        if not length.isascii() or not length.isdigit() or int(length[:20]) > limit:
+        digits = length.lstrip("0") or "0"
+        if not digits.isascii() or not digits.isdigit() or len(digits) > len(str(limit)) or int(digits) > limit:
             raise BodyTooLarge(f"The request body is larger than {limit} bytes.")
-        return int(length)
+        return int(digits)
 
 
 def _is_json(scope: Scope) -> bool:
     return scope["type"] == "http" and "json" in Headers(scope=scope).get("content-type", "").lower()
 
 
-def _with_few_quotes(receive: Receive) -> Receive:
-    """`receive`, which raises HTTPException, caused by the BodyTooLarge to be told, once there are too many quotes."""
-    quotes = 0
+def _of_few_values(receive: Receive) -> Receive:
+    """`receive`, which raises HTTPException, caused by the BodyTooLarge to be told, once there is too much to parse."""
+    quotes = marks = 0
 
     async def receive_few() -> Message:
-        nonlocal quotes
+        nonlocal quotes, marks
         message = await receive()
         body = message.get("body", b"")
         quotes += body.count(b'"') - body.count(b'\\"')
-        if quotes > MAX_QUOTES:
-            refusal = BodyTooLarge(f"The request body has more than {MAX_QUOTES // 2} names and texts.")
+        marks += sum(map(body.count, (b",", b"[", b"{")))
+        if quotes > MAX_QUOTES or marks > MAX_MARKS:
+            refusal = BodyTooLarge(_TOO_MUCH)
             raise HTTPException(refusal.status) from refusal
         return message
 

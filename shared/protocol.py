@@ -14,6 +14,8 @@ from shared.problems import problem_response
 
 MAX_BYTES_BEYOND_BODY = 4 << 20  # request line, headers, the marks of a body's chunks, trailers
 HEAD_TIMEOUT_S = 60.0
+UNREAD_TIMEOUT_S = 60.0
+"""A client that takes nothing of its answer for so long counts as gone, and what is held for it is let go."""
 
 log = structlog.get_logger(__name__)
 
@@ -23,6 +25,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     _beyond_body = 0
     _deadline: asyncio.TimerHandle | None = None
+    _unread_deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
         """A client has connected: the first head must come in time."""
@@ -32,7 +35,18 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is closed, by whichever side."""
         self._stop_waiting()
+        self._stop_watching()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """More of an answer waits to be sent than is good: the client must take of it in time."""
+        super().pause_writing()
+        self._watch(self.transport.get_write_buffer_size())
+
+    def resume_writing(self) -> None:
+        """The client has taken enough of what waited."""
+        self._stop_watching()
+        super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
         """Parses what came; refuses a request that has more around its body than any good one."""
@@ -78,6 +92,22 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.close()
         else:  # an answer is still on its way to this client
             self._await_head()
+
+    def _watch(self, unread: int) -> None:
+        self._stop_watching()
+        self._unread_deadline = self.loop.call_later(UNREAD_TIMEOUT_S, self._judge_reading, unread)
+
+    def _stop_watching(self) -> None:
+        if self._unread_deadline is not None:
+            self._unread_deadline.cancel()
+
+    def _judge_reading(self, unread: int) -> None:
+        left = self.transport.get_write_buffer_size()
+        if left < unread:
+            self._watch(left)
+            return
+        log.info("a client takes nothing of its answer", unread_bytes=left)
+        self.transport.abort()
 
     def _refuse(self, error: ServiceError) -> None:
         if not self.transport.is_closing() and not self._is_answering():

@@ -61,7 +61,8 @@ def create_app(
     rewriter, vl = rewriter or _rewriter(settings), vl or _vl(settings)
     clients = {"encoder": encoder, "diffusion": diffusion, "rewriter": rewriter, "vl": vl}
     pools = {name: client.nodes for name, client in clients.items() if client is not None}
-    cache, remembering = _cache(settings), _remembering(settings, encoder)
+    remembering = _remembering(settings, encoder)
+    cache = _cache(settings, remembering)
     history = _history(settings, [one for one in (remembering, cache) if one is not None])
     watch = Watch(pools, optional=("rewriter", "vl"), history=history)
     parts = [part for part in (*pools.values(), history, cache, remembering) if part is not None]
@@ -117,10 +118,16 @@ def _history(settings: GatewaySettings, caches: Sequence[EmbeddingCache | Cachin
     return History(settings.redis_url, bounds, make_room=make_room)
 
 
-def _cache(settings: GatewaySettings) -> EmbeddingCache | None:
+def _cache(settings: GatewaySettings, remembering: CachingEncoder | None) -> EmbeddingCache | None:
+    """The cache of references, for which prompts make room: they are encoded again more easily."""
     if settings.redis_url is None:
         return None
-    return EmbeddingCache(settings.redis_url, max_bytes=settings.vl_cache_bytes, ttl_s=settings.vl_cache_ttl_s)
+    return EmbeddingCache(
+        settings.redis_url,
+        max_bytes=settings.vl_cache_bytes,
+        ttl_s=settings.vl_cache_ttl_s,
+        make_room=None if remembering is None else remembering.make_room,
+    )
 
 
 def _remembering(settings: GatewaySettings, encoder: Encoder) -> CachingEncoder | None:

@@ -16,6 +16,7 @@ from shared.client import ServiceClient
 from shared.errors import BadUpstream
 from shared.schemas.encoder import FINGERPRINT, HiddenStates, Tokens
 from shared.schemas.node import NodeFacts
+from shared.tasks import all_of
 from shared.wire import Header, TensorMeta, WireError
 
 API_MAX_TOKENS = 40_960  # such servers cut at 512 unless told otherwise
@@ -121,7 +122,7 @@ class ApiEncoderClient:
     async def encode(self, texts: Sequence[str], *, layer: int, timeout_s: float) -> Encoding:
         """Hidden states `layer` of each text. Raises a ServiceError."""
         started = time.perf_counter()
-        items = await asyncio.gather(*(self._encode(text, layer, timeout_s) for text in texts))
+        items = await all_of(self._encode(text, layer, timeout_s) for text in texts)
         return Encoding(tuple(items), time.perf_counter() - started)
 
     async def count_tokens(self, text: str, *, timeout_s: float) -> int:

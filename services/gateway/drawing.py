@@ -3,7 +3,6 @@
 A request for several pictures is as many commissions, drawn at the same time, with seeds counting up.
 """
 
-import asyncio
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +22,7 @@ from shared.errors import BadUpstream, InvalidField, NotBegun, QueueFull, Servic
 from shared.schemas.diffusion import DiffusionParameters, LoraList
 from shared.schemas.fields import MAX_SEED
 from shared.schemas.public import GenerateRequest
+from shared.tasks import all_of
 
 DRAWN_SEEDS = 2**32  # small enough for every client's number type; a request may name any up to 2**63 - 1
 RESTARTS = 2
@@ -171,13 +171,14 @@ class Drawing:
         Raises a ServiceError; when one picture fails the others are given up.
         """
         try:
-            async with asyncio.TaskGroup() as tasks:
-                for index in range(len(wanted.parameters)):
-                    tasks.create_task(self._draw_one(wanted, index, clock.split(), report, watched=watched))
-        except ExceptionGroup as group:  # of one error: the others are cancelled
-            error = group.exceptions[0]
-            late = isinstance(error, UpstreamTimeout) and clock.is_over
-            raise (clock.late() if late else error) from None
+            await all_of(
+                self._draw_one(wanted, index, clock.split(), report, watched=watched)
+                for index in range(len(wanted.parameters))
+            )
+        except UpstreamTimeout:
+            if not clock.is_over:
+                raise
+            raise clock.late() from None
 
     async def loras(self) -> LoraList:
         """The LoRAs that requests may name. Raises a ServiceError."""

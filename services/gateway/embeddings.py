@@ -15,7 +15,7 @@ from typing import Any, Self, TypeVar
 import structlog
 from redis.exceptions import RedisError
 
-from services.gateway.connection import connect, told, with_room
+from services.gateway.connection import MakeRoom, connect, told, with_room
 from shared.errors import StorageFailed, UnknownName, Unreachable, UpstreamTimeout
 
 PICTURES, PROMPTS = "{zimage}:vl:", "{zimage}:text:"  # the braces keep the keys together on a Redis cluster
@@ -114,11 +114,15 @@ class Kept:
 class EmbeddingCache:
     """Embeddings by their ids."""
 
-    def __init__(self, url: str, *, max_bytes: int, ttl_s: float, prefix: str = PICTURES) -> None:
+    def __init__(
+        self, url: str, *, max_bytes: int, ttl_s: float, prefix: str = PICTURES, make_room: MakeRoom | None = None
+    ) -> None:
+        """`make_room` drops what may go once all of this cache has gone and Redis is still full."""
         self._redis = connect(url)
         self._prefix = prefix
         self._spared_until = 0.0
         self._max_bytes = max_bytes
+        self._further_room = make_room
         self._ttl_ms = max(1, int(ttl_s * 1000))
         self._put, self._get, self._list, self._drop_oldest, self._delete, self._clear = (
             self._redis.register_script(_COMMON + text) for text in (_PUT, _GET, _LIST, _DROP_OLDEST, _DELETE, _CLEAR)
@@ -170,7 +174,7 @@ class EmbeddingCache:
         which one that is larger than the whole cache is not. Raises Unreachable."""
         arguments: list[str | bytes | int] = [embeddings_id, message, self._ttl_ms, self._max_bytes]
         async with _told():
-            kept = await with_room(lambda: self._put(keys=[self._prefix], args=arguments), self.make_room, len(message))
+            kept = await with_room(lambda: self._put(keys=[self._prefix], args=arguments), self._room, len(message))
         if not kept:
             log.warning("embeddings are larger than the whole cache", id=embeddings_id, bytes=len(message))
         return bool(kept)
@@ -182,6 +186,10 @@ class EmbeddingCache:
         if dropped:
             log.warning("Redis is full: embeddings were dropped", entries=dropped)
         return dropped > 0
+
+    async def _room(self, wanted: int) -> bool:
+        further = self._further_room
+        return await self.make_room(wanted) or (further is not None and await further(wanted))
 
     async def ids(self) -> list[str]:
         """The ids that are kept, those used last first. Raises Unreachable."""
@@ -208,7 +216,7 @@ class EmbeddingCache:
         """
         lock = self._redis.lock(f"{self._prefix}lock:{embeddings_id}", timeout=LOCK_S, sleep=POLL_S)
         async with _told():
-            if not await with_room(lambda: lock.acquire(blocking_timeout=timeout_s), self.make_room, LOCK_BYTES):
+            if not await with_room(lambda: lock.acquire(blocking_timeout=timeout_s), self._room, LOCK_BYTES):
                 raise UpstreamTimeout(f"The same embeddings, asked for before, were not made within {timeout_s:g} s.")
 
         async def renew() -> None:

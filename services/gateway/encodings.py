@@ -18,6 +18,7 @@ from services.gateway.clients import EncoderClient, EncoderMessage, Encoding, re
 from services.gateway.embeddings import EmbeddingCache, Kept
 from services.gateway.nodes import Nodes
 from shared.errors import BadUpstream, UpstreamTimeout
+from shared.tasks import all_of
 
 log = structlog.get_logger(__name__)
 
@@ -55,12 +56,8 @@ class CachingEncoder:
     async def encode(self, texts: Sequence[str], *, layer: int, timeout_s: float) -> Encoding:
         """Hidden states `layer` of each text, kept or encoded. Raises a ServiceError."""
         started = time.perf_counter()
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                found = [tasks.create_task(self._find(text, layer, started + timeout_s)) for text in texts]
-        except ExceptionGroup as group:  # of one error: the others are cancelled
-            raise group.exceptions[0] from None
-        return Encoding(tuple(task.result().items[0] for task in found), time.perf_counter() - started)
+        found = await all_of(self._find(text, layer, started + timeout_s) for text in texts)
+        return Encoding(tuple(message.items[0] for message in found), time.perf_counter() - started)
 
     async def count_tokens(self, text: str, *, timeout_s: float) -> int:
         """How many tokens the encoder makes of a text. Raises a ServiceError."""

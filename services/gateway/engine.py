@@ -155,6 +155,8 @@ class GatewayEngine:
         limit_s = self._settings.generate_timeout_s
         clock = Clock(limit_s if request.timeout_s is None else min(limit_s, request.timeout_s))
         formatted, layer, parameters = self.format(request), self._layer(request), self._drawing.parameters(request)
+        if request.rewrite is not None:
+            self._rewriting.asked(request.prompt, request.rewrite)  # refused before a reference is read
         seen = await self._seen(request, clock)
         origin = Origin()
         if request.rewrite is not None:

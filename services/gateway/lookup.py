@@ -4,11 +4,14 @@ import asyncio
 import ipaddress
 import socket
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import httpx2
 import structlog
 
 LOOKUP_TIMEOUT_S = 5.0
+_THREADS = ThreadPoolExecutor(8, "lookup")  # their own: a lookup may hang, and requests are worked on in the loop's
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 """Answers the addresses of a host. Raises OSError where there are none."""
 log = structlog.get_logger(__name__)
@@ -19,8 +22,8 @@ async def resolve(host: str, port: int) -> Sequence[str]:
 
     Raises OSError.
     """
-    loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    ask = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+    found = await asyncio.get_running_loop().run_in_executor(_THREADS, ask)
     by_family = {family: {str(where[0]) for kind, *_, where in found if kind == family} for family, *_ in found}
     return sorted(by_family.get(socket.AF_INET) or by_family.get(socket.AF_INET6) or ())
 

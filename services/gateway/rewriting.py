@@ -56,13 +56,13 @@ class Rewriting:
     async def rewrite(self, prompt: str, choice: RewriteChoice, *, timeout_s: float) -> RewriteAnswer:
         """The rewritten prompt. Raises a ServiceError."""
         started = time.perf_counter()
-        client, asked = self._asked(prompt, choice)
+        client, asked = self.asked(prompt, choice)
         return answer_of(prompt, choice, await client.rewrite(asked, timeout_s=timeout_s), started)
 
     def follow(self, request: RewriteRequest, *, timeout_s: float) -> AsyncGenerator[RewriteEvent | RewriteAnswer]:
         """Pieces as they come, then the whole. Closing the generator ends the text. Raises a ServiceError."""
         started = time.perf_counter()
-        client, asked = self._asked(request.prompt, request)
+        client, asked = self.asked(request.prompt, request)
         return answers(client.follow(asked, timeout_s=timeout_s), request, started)
 
     def system_prompt(self, choice: RewriteChoice) -> str | None:
@@ -70,7 +70,7 @@ class Rewriting:
         template = None if choice.rewriter is None else self._templates.rewriter(choice.rewriter)
         return choice.custom_system_prompt or (None if template is None else template.system_prompt)
 
-    def _asked(self, prompt: str, choice: RewriteChoice) -> tuple[RewriterClient, RewritePrompt]:
+    def asked(self, prompt: str, choice: RewriteChoice) -> tuple[RewriterClient, RewritePrompt]:
         """The rewriter, and what it is asked. Raises UnknownName, InvalidField, Unready."""
         system_prompt = self.system_prompt(choice)
         if system_prompt is None:

@@ -41,7 +41,7 @@ DELETE = (
     + """
 local p, index = KEYS[1], tonumber(ARGV[1])
 local id = redis.call('ZRANGE', p..'index', index, index)[1]
-if not id then return nil end
+if not id or (ARGV[2] ~= '' and id ~= ARGV[2]) then return nil end
 local entry = redis.call('GET', p..'entry:'..id)
 drop(p, id)
 return {id, entry, redis.call('ZCARD', p..'index')}

@@ -1,15 +1,16 @@
 """History in Redis: entries, pictures and thumbnails apart from one another, changed by atomic scripts only.
 
 An entry's id is drawn from a counter that nothing resets, so no id is ever used twice. The index of an entry is its
-place among those that are left, oldest first: what is added later never moves it.
+place among those that are left, oldest first: it moves when an older one goes, and in a full history one goes with each
+that is added.
 """
 
 import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -18,13 +19,17 @@ from redis.exceptions import OutOfMemoryError, RedisError
 
 from services.gateway.connection import ANSWER_TIMEOUT_S, AWAY, MakeRoom, connect, told, with_room
 from services.gateway.scripts import ADD, CLEAR, DELETE
-from shared.errors import UnknownName
+from shared.errors import QueueFull, UnknownName
 
 PREFIX = "{zimage}:history:"  # the braces keep the keys together on a Redis cluster
 PING_INTERVAL_S = 0.5
 ADD_WINDOW_S = 6.0  # how long writing is tried again once Redis went away: longer than its supervisor needs
 ADD_PAUSE_S = 0.2
-READ_AT_ONCE = 16
+READ_AT_ONCE = {"none": 64, "thumb": 16, "full": 1}
+"""Entries by what comes with each: whole pictures take megabytes, of which a slow Redis sends few in time."""
+MAX_READERS = 16
+"""Listings with whole pictures at the same time, each of which holds one for as long as its client takes."""
+READERS_RETRY_S = 2
 MAX_INDEX = 2**53  # beyond any entry, and a whole number to Redis, Lua and JSON alike
 
 Row = tuple[dict[str, Any], bytes | None]
@@ -58,6 +63,7 @@ class History:
         self._add, self._delete, self._clear = (self._redis.register_script(text) for text in (ADD, DELETE, CLEAR))
         self._away_since: float | None = None
         self._closing = False
+        self._readers = 0
 
     async def __aenter__(self) -> Self:
         """Starts to watch whether Redis is there."""
@@ -102,19 +108,22 @@ class History:
         async with _told():
             return int(await self._redis.zcard(f"{PREFIX}index"))
 
-    async def entries(self, *, offset: int = 0, limit: int | None = None, images: str = "none") -> AsyncIterator[Row]:
+    async def entries(self, *, offset: int = 0, limit: int | None = None, images: str = "none") -> AsyncGenerator[Row]:
         """Entries from `offset` on, oldest first; `images` "full" or "thumb" adds those bytes to each.
 
-        Yields (entry, bytes or None), read a few at a time, so that a long history needs little memory.
+        Yields (entry, bytes or None), read a few at a time, so that a long history needs little memory. Raises
+        Unreachable, and QueueFull while too many others read whole pictures.
         """
         last = -1 if limit is None else offset + limit - 1
         if limit == 0:
             return
-        async with _told():
-            ids = [int(item) for item in await self._redis.zrange(f"{PREFIX}index", offset, last)]  # type: ignore[arg-type]
-        for start in range(0, len(ids), READ_AT_ONCE):
-            for pair in await self._read(ids[start : start + READ_AT_ONCE], images):
-                yield pair
+        with self._reader(images):
+            async with _told():
+                ids = [int(item) for item in await self._redis.zrange(f"{PREFIX}index", offset, last)]  # type: ignore[arg-type]
+            count = READ_AT_ONCE[images]
+            for start in range(0, len(ids), count):
+                for pair in await self._read(ids[start : start + count], images):
+                    yield pair
 
     async def image(self, entry_id: int) -> bytes:
         """The PNG of an entry. Raises UnknownName, Unreachable."""
@@ -124,14 +133,16 @@ class History:
             raise UnknownName("There is no picture with that id in the history.")
         return bytes(png)
 
-    async def delete(self, index: int) -> Deleted:
-        """Removes the entry at that place. Raises UnknownName, Unreachable."""
+    async def delete(self, index: int, entry_id: int | None = None) -> Deleted:
+        """Removes the entry at that place, if it has that id. Raises UnknownName, Unreachable."""
         found = None
         if 0 <= index <= MAX_INDEX:  # Redis would count negative ones from the end
             async with _told():
-                found = await self._delete(keys=[PREFIX], args=[index])
+                found = await self._delete(keys=[PREFIX], args=[index, "" if entry_id is None else entry_id])
         if found is None:
-            raise UnknownName("There is no history entry with that index.")
+            raise UnknownName(
+                "There is no history entry with that index." if entry_id is None else "That id is not at that index."
+            )
         entry_id, text, remaining = found
         return Deleted({"id": int(entry_id), **json.loads(text)}, int(remaining))
 
@@ -139,6 +150,23 @@ class History:
         """Removes every entry and answers how many there were. Raises Unreachable."""
         async with _told():
             return int(await self._clear(keys=[PREFIX], args=[]))
+
+    @contextmanager
+    def _reader(self, images: str) -> Iterator[None]:
+        """Holds a place for a listing. Raises QueueFull."""
+        if images != "full":
+            yield
+            return
+        if self._readers >= MAX_READERS:
+            raise QueueFull(
+                f"{MAX_READERS} listings with whole pictures are being read. Try again soon, or with images=thumb.",
+                retry_after_s=READERS_RETRY_S,
+            )
+        self._readers += 1
+        try:
+            yield
+        finally:
+            self._readers -= 1
 
     async def _add_until_answered(self, arguments: Sequence[Any]) -> int:
         size = sum(len(item) for item in arguments[:3])

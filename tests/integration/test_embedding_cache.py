@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 import pytest
 from embedded_redis import EmbeddedRedis, embedded_redis
 
-from services.gateway.embeddings import EmbeddingCache, Kept
+from services.gateway.embeddings import PROMPTS, EmbeddingCache, Kept
 from services.gateway.store import Bounds, History
 from shared.errors import StorageFailed, UnknownName, Unreachable, UpstreamTimeout
 
@@ -171,6 +171,29 @@ async def test_a_full_redis_makes_room_for_the_lock(cache: EmbeddingCache) -> No
     async with full(cache, spare=-(1 << 10)):
         made = await cache.find_or_make("c", make, timeout_s=5, must_keep=True)
         assert made.message == await cache.get("c")
+
+
+async def test_a_full_redis_drops_prompts_for_references_but_no_history(redis: EmbeddedRedis) -> None:
+    async with (
+        EmbeddingCache(redis.url, max_bytes=100 * MIB, ttl_s=60.0, prefix=PROMPTS) as prompts,
+        EmbeddingCache(redis.url, max_bytes=100 * MIB, ttl_s=60.0, make_room=prompts.make_room) as pictures,
+        History(redis.url, Bounds(100, 1 << 30)) as history,
+    ):
+        await pictures.clear()
+        await history.add({"prompt": "first"}, bytes(MIB), b"jpeg")
+        for name in "abcdef":
+            await prompts.put(name, bytes(MIB))
+        async with full(pictures):
+
+            async def make() -> Kept:
+                return Kept("r", bytes(MIB))
+
+            await pictures.find_or_make("r", make, timeout_s=5, must_keep=True)
+            assert await pictures.ids() == ["r"]
+            assert len(await prompts.ids()) < 6
+            assert await history.count() == 1
+        await prompts.clear()
+        await history.clear()
 
 
 async def test_what_is_larger_than_the_cache_is_not_said_to_be_kept(cache: EmbeddingCache) -> None:

@@ -12,7 +12,7 @@ from inprocess import eventually
 from servers import wait_until
 
 from services.gateway.store import Bounds, History
-from shared.errors import UnknownName, Unreachable
+from shared.errors import QueueFull, UnknownName, Unreachable
 from zimage import redis_server
 
 pytestmark = pytest.mark.slow
@@ -69,6 +69,36 @@ async def test_delete_takes_the_entry_at_its_place_and_ids_never_repeat(history:
     fresh = await history.add({"n": 3}, b"png", b"")
     assert fresh is not None
     assert fresh > max(number or 0 for number in ids)
+
+
+async def test_a_full_history_moves_its_indices_and_an_id_keeps_others_from_being_deleted(url: str) -> None:
+    async with History(url, Bounds(max_entries=3, max_bytes=1 << 20)) as history:
+        await history.clear()
+        ids = [await history.add({"n": n}, b"png", b"") for n in range(3)]
+        await history.add({"n": 3}, b"png", b"")  # the oldest goes: what was at 1 is at 0
+        with pytest.raises(UnknownName, match="id"):
+            await history.delete(1, ids[1])
+        assert await history.count() == 3
+        assert (await history.delete(0, ids[1])).entry["n"] == 1
+        assert (await history.delete(0)).entry["n"] == 2
+
+
+async def test_listings_with_whole_pictures_are_few_at_a_time(
+    history: History, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.gateway.store.MAX_READERS", 2)
+    for n in range(3):
+        await history.add({"n": n}, b"png", b"jpg")
+    listings = [history.entries(images="full") for _ in range(3)]
+    for listing in listings[:2]:
+        await anext(listing)
+    with pytest.raises(QueueFull, match="images=thumb"):
+        await anext(listings[2])
+    assert len(await rows(history, images="thumb")) == 3
+    await listings[0].aclose()
+    assert len(await rows(history, images="full")) == 3
+    assert len([row async for row in listings[1]]) == 2
+    assert len(await rows(history, images="full")) == 3
 
 
 async def test_concurrent_deletes_of_one_index_remove_different_entries(history: History) -> None:

@@ -1,9 +1,12 @@
 """The history of pictures."""
 
+import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from enum import StrEnum
+from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Response
@@ -11,13 +14,15 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from services.gateway.state import Kept
 from services.gateway.store import MAX_INDEX, Row
-from shared.errors import InvalidField, UnknownName, Unreachable, Unready
+from shared.errors import InvalidField, QueueFull, UnknownName, Unreachable, Unready
 from shared.problems import responses
 from shared.schemas.public import ClearedAnswer, DeletedAnswer, HistoryAnswer
 
 MAX_LIMIT = 10_000
 router = APIRouter(prefix="/api/history", tags=["history"])
 AWAY = responses(InvalidField, Unready, Unreachable)
+MAX_ID = 2**63 - 1
+LARGE_BYTES = 256 << 10  # of a picture, whose base64 is not written in the event loop
 
 
 class Images(StrEnum):
@@ -31,14 +36,15 @@ class Images(StrEnum):
 _FIELDS = {Images.FULL: "image_b64", Images.THUMB: "thumb_b64"}
 
 
-@router.get("", summary="What was made", response_model=HistoryAnswer, responses=AWAY)
+@router.get("", summary="What was made", response_model=HistoryAnswer, responses={**AWAY, **responses(QueueFull)})
 async def history(
     kept: Kept,
     limit: Annotated[int | None, Query(ge=0, le=MAX_LIMIT, description="At most this many entries.")] = None,
     offset: Annotated[int, Query(ge=0, le=MAX_INDEX, description="Leave out this many of the oldest.")] = 0,
     images: Annotated[Images, Query(description="Whether entries carry a picture; `none` is quick.")] = Images.FULL,
 ) -> Response:
-    """Oldest first, so that an entry keeps its index while others are added. `X-Total-Count` counts all entries."""
+    """Oldest first. An entry keeps its index while others are added, until the history is full: then the oldest goes
+    with each new one. `X-Total-Count` counts all entries."""
     total = await kept.count()
     rows = kept.entries(offset=offset, limit=limit, images=images)
     first = await anext(rows, None)  # what cannot be read is refused before the answer begins
@@ -70,9 +76,17 @@ async def image(kept: Kept, entry_id: int) -> Response:
     response_model=DeletedAnswer,
     responses={**AWAY, **responses(UnknownName)},
 )
-async def delete(kept: Kept, index: int) -> JSONResponse:
-    """By its place in the list, 0 being the oldest. The entry is answered as it was kept, by whichever version."""
-    deleted = await kept.delete(index)
+async def delete(
+    kept: Kept,
+    index: int,
+    entry_id: Annotated[
+        int | None,
+        Query(alias="id", ge=0, le=MAX_ID, description="Only if the entry at that index has this id, else 404."),
+    ] = None,
+) -> JSONResponse:
+    """By its place in the list, 0 being the oldest; with `id` never another than the one that was listed there. The
+    entry is answered as it was kept, by whichever version."""
+    deleted = await kept.delete(index, entry_id)
     return JSONResponse({"deleted": deleted.entry, "remaining": deleted.remaining})
 
 
@@ -82,18 +96,24 @@ async def clear(kept: Kept) -> ClearedAnswer:
     return ClearedAnswer(cleared=await kept.clear())
 
 
-async def _as_json(first: Row | None, rows: AsyncIterator[Row], image_field: str | None) -> AsyncIterator[str]:
-    yield '{"history":['
-    if first is not None:
-        yield _entry(first, image_field)
-        async for row in rows:
-            yield "," + _entry(row, image_field)
-    yield "]}"
+async def _as_json(first: Row | None, rows: AsyncGenerator[Row], image_field: str | None) -> AsyncIterator[str]:
+    async with aclosing(rows):
+        yield '{"history":['
+        if first is not None:
+            yield await _entry(first, image_field)
+            async for row in rows:
+                yield "," + await _entry(row, image_field)
+        yield "]}"
 
 
-def _entry(row: Row, image_field: str | None) -> str:
+async def _entry(row: Row, image_field: str | None) -> str:
     entry, picture = row
     text = json.dumps(entry, separators=(",", ":"))
     if image_field is None or picture is None:
         return text
-    return f'{text[:-1]},"{image_field}":"{base64.b64encode(picture).decode()}"}}'
+    write = partial(_with_picture, text, image_field, picture)
+    return await asyncio.to_thread(write) if len(picture) > LARGE_BYTES else write()
+
+
+def _with_picture(text: str, field: str, picture: bytes) -> str:
+    return f'{text[:-1]},"{field}":"{base64.b64encode(picture).decode()}"}}'

@@ -61,7 +61,7 @@ async def save_embeddings(
     "/format-prompt", summary="A prompt as the encoder reads it", dependencies=[Depends(require_json)], responses=FORMAT
 )
 async def format_prompt(
-    body: Annotated[PromptRequest, Body(openapi_examples=PROMPT_EXAMPLES)], engine: Engine
+    body: Annotated[PromptRequest, Body(openapi_examples=PROMPT_EXAMPLES)], request: Request, engine: Engine
 ) -> FormatAnswer:
     """Applies the template and the chat format, and counts. Nothing is encoded, except by an API encoder, which cannot
     count otherwise."""
@@ -69,7 +69,7 @@ async def format_prompt(
     return FormatAnswer(
         formatted_prompt=formatted,
         char_count=len(formatted),
-        token_count=await engine.count_tokens(formatted),
+        token_count=await until_disconnected(request, engine.count_tokens(formatted)),
         **body.model_dump(),
     )
 

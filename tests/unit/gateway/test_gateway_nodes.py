@@ -1,6 +1,7 @@
 """`services.gateway.nodes` and what is below it: which nodes there are, and which one gets a request."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -591,6 +592,20 @@ class TestNames:
             await asyncio.sleep(0.1)
             assert await ask(nodes) == b"done"
         assert begun == ["encoders"]
+
+    async def test_lookups_that_hang_keep_no_thread_from_requests(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from services.gateway.lookup import resolve
+
+        gate = threading.Event()
+        monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: gate.wait(30) and [])
+        lookups = [asyncio.create_task(resolve(f"node{number}", 1)) for number in range(64)]
+        try:
+            async with asyncio.timeout(20):
+                assert await asyncio.to_thread(sum, (1, 2)) == 3
+            assert not any(lookup.done() for lookup in lookups)
+        finally:
+            gate.set()
+            await asyncio.gather(*lookups, return_exceptions=True)
 
     async def test_localhost(self) -> None:
         from services.gateway.lookup import Host, resolve

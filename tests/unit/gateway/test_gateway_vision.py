@@ -58,6 +58,20 @@ async def test_a_picture_in_one_go(seeing: tuple[Gateway, Recorder]) -> None:
     assert [tensor.name for tensor in header.tensors] == ["text", "vl"]
 
 
+@pytest.mark.parametrize(
+    ("rewrite", "status"),
+    [({"rewriter": "no-such"}, 404), ({"custom_system_prompt": "Write more."}, 503)],
+    ids=["unknown", "no service"],
+)
+async def test_a_rewriter_that_is_refused_costs_no_extraction(
+    seeing: tuple[Gateway, Recorder], rewrite: dict[str, str], status: int
+) -> None:
+    gateway, vl = seeing
+    answer = await drawn(gateway, vl_image=IMAGE, rewrite=rewrite)
+    assert answer.status_code == status, answer.text
+    assert vl.calls == []
+
+
 async def test_large_uploads_are_bounded_together(start_gateway: Start) -> None:
     async with start_gateway(max_upload_bytes=32 << 20) as gateway:
         begun, gate = 0, asyncio.Event()

@@ -11,8 +11,10 @@ import pytest
 import structlog
 from fastapi import APIRouter, FastAPI, Request
 from inprocess import client_of, eventually
+from starlette.datastructures import Headers
 
-from shared.bodies import BodyLimits
+from shared.bodies import BodyLimits, HeldBodies
+from shared.errors import BodyTooLarge
 from shared.health import Metrics
 from shared.service import create_service
 
@@ -160,3 +162,33 @@ async def test_a_json_body_has_few_names_and_texts(roomy: FastAPI, holding: Hold
             assert (answer.status_code, answer.json()["code"]) == (413, "too_large")
             assert "25000 names and texts" in answer.json()["detail"]
         assert (await client.post("/texts", content=b'"' * 60_000)).status_code == 200, "what is no JSON has none"
+
+
+@pytest.mark.parametrize("flood", [b"[],", b"1,", b"{}, "], ids=["lists", "numbers", "objects"])
+async def test_a_json_body_has_few_values(roomy: FastAPI, holding: Holding, flood: bytes) -> None:
+    """A list of two bytes costs the parser ninety in memory, and the event loop waits for it."""
+    holding.gate.set()
+    headers = {"content-type": "application/json"}
+    async with client_of(roomy) as client:
+        answer = await client.post(
+            "/texts", content=b'{"prompt": [' + flood * 200_000 + b"1," * 100_000, headers=headers
+        )
+        assert (answer.status_code, answer.json()["code"]) == (413, "too_large")
+        assert "300000 commas and brackets" in answer.json()["detail"]
+        long_texts = {str(number): ",[{" * 10_000 for number in range(9)}
+        assert (await client.post("/texts", json=long_texts)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("length", "status"),
+    [("0" * 5000, 200), ("0" * 30 + "5", 200), ("0" * 20 + "999999999", 413), ("9" * 5000, 413), ("\u0665", 413)],
+)
+def test_a_length_is_a_number_however_it_is_written(length: str, status: int) -> None:
+    """Python reads no more than 4,300 digits, and zeros in front are not a number's size."""
+    held = HeldBodies(LIMITS)
+    headers = Headers(raw=[(b"content-length", length.encode("utf-8"))])
+    if status == 200:
+        with held.place("/texts", headers):
+            return
+    with pytest.raises(BodyTooLarge), held.place("/texts", headers):
+        pass

@@ -19,6 +19,7 @@ PATIENCE_S = 30.0
 GET = b"GET / HTTP/1.1\r\nHost: test\r\n"
 CHUNKED = b"POST / HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n\r\n"
 FILLER = b"x" * (64 << 10)
+LARGE_PIECES = 512
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +44,23 @@ async def streaming(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"100")]})
         await send({"type": "http.response.body", "body": b"begin", "more_body": True})
         await asyncio.Event().wait()
+
+
+class Large:
+    """Answers more than any buffer takes, and notes when its answer has ended."""
+
+    def __init__(self) -> None:
+        self.ended = asyncio.Event()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One connection."""
+        if scope["type"] == "http":
+            try:
+                await send({"type": "http.response.start", "status": 200, "headers": []})
+                await send({"type": "http.response.body", "body": FILLER * LARGE_PIECES, "more_body": True})
+                await send({"type": "http.response.body", "body": b"end"})
+            finally:
+                self.ended.set()
 
 
 @pytest.fixture
@@ -197,3 +215,30 @@ async def test_requests_in_a_row_are_answered(url: str) -> None:
     async with connected(url) as connection:
         await connection.send((GET + b"\r\n") * 3)
         assert [(await connection.answer())[0] for _ in range(3)] == [200, 200, 200]
+
+
+async def test_a_client_that_takes_nothing_of_its_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shared.protocol.UNREAD_TIMEOUT_S", 0.2)
+    large = Large()
+    async with served(large) as url, connected(url) as connection:
+        await connection.send(GET + b"\r\n")
+        async with asyncio.timeout(PATIENCE_S):
+            await large.ended.wait()  # the app's last words wait for the client
+            taken = 0
+            with suppress(ConnectionError):
+                while piece := await connection.reader.read(1 << 16):
+                    taken += len(piece)
+            assert taken < len(FILLER) * LARGE_PIECES
+
+
+async def test_a_client_that_takes_its_answer_slowly_gets_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shared.protocol.UNREAD_TIMEOUT_S", 0.2)
+    large = Large()
+    async with served(large) as url, connected(url) as connection, asyncio.timeout(PATIENCE_S):
+        await connection.send(GET + b"\r\n")
+        await connection.reader.readuntil(b"\r\n\r\n")
+        taken = b""
+        while not taken.endswith(b"end\r\n0\r\n\r\n"):
+            taken = taken[-100:] + await connection.reader.read(1 << 20)
+            await asyncio.sleep(0.02)
+    await large.ended.wait()
