@@ -24,7 +24,11 @@ DEVICE_ERROR = torch.AcceleratorError
 INSTALL_TORCHAO = "`ZIMAGE_EXTRAS=quantization make install` adds it (to images: the same variable);"
 CPU = torch.device("cpu")
 QUANTIZED_SHARE = 1.15  # bytes of a quantized checkpoint for each of its numbers: scales, and what stays as it is
-_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "STATUS_ALLOC_FAILED")
+_NO_ENGINE = "unable to find an engine to execute this computation"
+"""What torch says when cuDNN can compute a convolution in none of its ways: it knows none, or none has the memory."""
+SCARCE_BYTES, SCARCE_SHARE = 1 << 30, 0.05
+"""A device with less free memory, in bytes or of all that it has, is taken to be full."""
 NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
 T = TypeVar("T")
@@ -168,20 +172,26 @@ def require_memory(device: torch.device, needed: int, *, what: str, advice: str)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation on a device failed; what is there is as it was, and less may still fit."""
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY)
+    """Whether an allocation failed, on a device or in main memory; what is there is as it was, and less may still fit.
+
+    That cuDNN or cuBLAS could not allocate counts too, where they say so.
+    """
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
 def within_memory(device: torch.device, work: Callable[[], T], *, what: str) -> T:
     """Does the work for a `what`. Raises OutOfMemory once nothing holds on to the work's tensors any more."""
     try:
         return work()
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
+    except (RuntimeError, MemoryError) as error:
+        if not (is_out_of_memory(error) or _is_starved(error, device)):
             raise
     # Here the error is gone, and with it the frames that held the tensors.
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
     raise OutOfMemory(f"The device has too little free memory for this {what}.", retry_after_s=10)
 
 
@@ -195,14 +205,15 @@ def total_memory(device: torch.device) -> int | None:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be allocated on the device, None where that cannot be told."""
+    """Bytes that can still be allocated on the device, None where that cannot be told.
+
+    What torch keeps of freed tensors for its next ones counts as free.
+    """
     if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
-            device
-        )  # by torch, for its next tensors
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
     if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
     return host_memory()
 
 
@@ -228,6 +239,14 @@ def host_memory_limit(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path
         return min(total * 1024, int((cgroup / "memory.max").read_text()))
     except (OSError, ValueError):  # no container, or no limit ("max")
         return total * 1024
+
+
+def _is_starved(error: BaseException, device: torch.device) -> bool:
+    """Whether cuDNN found no way to compute because the device is full: where it is not, cuDNN knows none."""
+    if _NO_ENGINE not in str(error).lower():
+        return False
+    free, total = free_memory(device), total_memory(device)
+    return free is not None and total is not None and free < max(SCARCE_BYTES, SCARCE_SHARE * total)
 
 
 def _multiplies_fp8(device: torch.device) -> bool:

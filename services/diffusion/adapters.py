@@ -5,39 +5,29 @@ Those that were used last stay on the device, as many as its share of memory hol
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence, Set
 from typing import Any
 
 import structlog
 import torch
 
 from services.diffusion.loras import add_lora
-from services.diffusion.shapes import Lora
+from services.diffusion.shapes import Lora, ShelfLora
 from services.diffusion.shelf import Shelf
 from shared.checkpoint import UnusableModel
 from shared.errors import InvalidField
 from shared.schemas.diffusion import LoraChoice
 
-MEANT = "Already found a `peft_config`|TorchaoLoraLinear was instantiated"
-"""What peft warns of and is meant here: several adapters, and adapters on quantized weights that are never merged."""
-NEXT = "Adapter .* was active which is now deleted"
-"""And of another one that then would be active, were adapters not switched off."""
+MEANT = "Already found a `peft_config`|TorchaoLoraLinear was instantiated|Adapter .* was active which is now deleted"
+"""What peft warns of and is meant here: several adapters, adapters on quantized weights that are never merged, and
+another one that would be active after one is deleted, were adapters not switched off."""
 
 log = structlog.get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class _Loaded:
-    """A LoRA on the device: its name for peft, the file as it was when it was read, and what it takes."""
-
-    adapter: str
-    stamp: tuple[int, int]
-    bytes: int
-
-
 class Adapters:
-    """The adapters of a DiT, by the names of the LoRAs on the shelf.
+    """The adapters of a DiT, by the LoRAs of the shelf. A file that was replaced is another LoRA of the same name: both
+    are there as long as pictures in the making have the old one.
 
     Only the device's thread changes them; others choose among the files and ask what they take.
     """
@@ -47,19 +37,19 @@ class Adapters:
         self._transformer = transformer
         self._max_bytes = max_bytes
         self._item_bytes: int = transformer.dtype.itemsize
-        self._loaded: OrderedDict[str, _Loaded] = OrderedDict()  # last used at the end
+        self._loaded: OrderedDict[ShelfLora, str] = OrderedDict()  # peft's name for each, last used at the end
         self._active: tuple[Lora, ...] = ()
         self._made = 0
 
     @property
     def loaded(self) -> Sequence[str]:
         """Names of the LoRAs that are on the device, the one that was used last at the end."""
-        return list(self._loaded)
+        return [lora.name for lora in self._loaded]
 
     @property
     def loaded_bytes(self) -> int:
         """What those on the device take."""
-        return sum(lora.bytes for lora in self._loaded.values())
+        return self.bytes_of(self._loaded)
 
     def choose(self, choices: Sequence[LoraChoice] | None) -> tuple[Lora, ...]:
         """The LoRAs of a picture, there and not too large together. Looks at the files that are named.
@@ -67,22 +57,19 @@ class Adapters:
         Raises UnknownName and InvalidField.
         """
         loras = self.shelf.choose(choices)
-        if not self.fit({name for name, _ in loras}):
+        if not self.fit(lora for lora, _ in loras):
             raise InvalidField(f"'loras' takes more than the {self._max_bytes} bytes that this server keeps of them.")
         return loras
 
-    def fit(self, names: Iterable[str]) -> bool:
+    def fit(self, loras: Iterable[ShelfLora]) -> bool:
         """Whether these may be on the device at once."""
-        return self.bytes_of(names) <= self._max_bytes
+        return self.bytes_of(loras) <= self._max_bytes
 
-    def bytes_of(self, names: Iterable[str]) -> int:
-        """What these take on the device. Any thread may ask."""
-        known = {name: self._loaded.get(name) for name in set(names)}
-        others = {name for name, lora in known.items() if lora is None}
-        there = sum(lora.bytes for lora in known.values() if lora is not None)
-        return there + self.shelf.bytes_of(others, self._item_bytes)
+    def bytes_of(self, loras: Iterable[ShelfLora]) -> int:
+        """What these take on the device, each counted once."""
+        return sum(lora.numbers for lora in set(loras)) * self._item_bytes
 
-    def keep_within(self, room: int, wanted: Iterable[str]) -> None:
+    def keep_within(self, room: int, wanted: Iterable[ShelfLora]) -> None:
         """Takes LoRAs off the device, except those `wanted`, until all together take at most `room` bytes."""
         kept = set(wanted)
         for other in list(self._loaded):
@@ -91,20 +78,22 @@ class Adapters:
             if other not in kept:
                 self._drop(other)
 
-    def load(self, loras: Sequence[Lora], *, in_use: Iterable[str] = ()) -> None:
+    def load(self, loras: Sequence[Lora], *, in_use: Iterable[ShelfLora] = ()) -> tuple[Lora, ...]:
         """Brings these to the device, and takes others off it except those `in_use` until there is room.
 
-        Raises InvalidField, which names a LoRA that cannot be used; the others then stay.
+        Answers what is there now: for a file that was replaced before it was read, the new one. Raises InvalidField,
+        which names a LoRA that cannot be used; the others then stay.
         """
-        wanted = {name for name, _ in loras}
-        kept = wanted | set(in_use)
-        for name in wanted:
-            self._drop_outdated(name, in_use)
-            if name in self._loaded:
-                self._loaded.move_to_end(name)
+        there = tuple((lora if lora in self._loaded else self.shelf.newest(lora), scale) for lora, scale in loras)
+        kept = {*in_use, *(lora for lora, _ in there)}
+        self._drop_outdated(kept)
+        for lora, _ in there:
+            if lora in self._loaded:
+                self._loaded.move_to_end(lora)
                 continue
             self.keep_within(self._max_bytes, kept)
-            self._add(name)
+            self._add(lora)
+        return there
 
     def use(self, loras: Sequence[Lora]) -> None:
         """Switches to exactly these, which are on the device; none leaves the weights as they are, bit for bit."""
@@ -112,17 +101,14 @@ class Adapters:
             return
         if loras:
             self._transformer.set_adapters(
-                [self._loaded[name].adapter for name, _ in loras], weights=[scale for _, scale in loras]
+                [self._loaded[lora] for lora, _ in loras], weights=[scale for _, scale in loras]
             )
             self._transformer.enable_adapters()
             self._active = tuple(loras)
         else:
             self._switch_off()
 
-    def _add(self, name: str) -> None:
-        lora = self.shelf.files.get(name)
-        if lora is None:
-            raise InvalidField(f"The LoRA {name!r} is no longer there.")
+    def _add(self, lora: ShelfLora) -> None:
         self._made += 1
         adapter = f"lora_{self._made}"  # peft takes no dots in a name
         try:
@@ -130,25 +116,27 @@ class Adapters:
                 warnings.filterwarnings("ignore", message=MEANT)
                 layers = add_lora(self._transformer, lora.path, adapter=adapter)
         except UnusableModel as error:
-            told = str(error).replace(f"the LoRA {lora.path}", f"The LoRA {name!r}")
+            told = str(error).replace(f"the LoRA {lora.path}", f"The LoRA {lora.name!r}")
             raise InvalidField(f"{told}.") from None
         finally:
             self._switch_off()  # peft switches a new one on
-        self._loaded[name] = _Loaded(adapter, lora.stamp, self.shelf.bytes_of({name}, self._item_bytes))
-        log.info("lora loaded", name=name, layers=layers, loaded=len(self._loaded))
+        self._loaded[lora] = adapter
+        log.info("lora loaded", name=lora.name, layers=layers, loaded=len(self._loaded))
 
-    def _drop_outdated(self, name: str, in_use: Iterable[str]) -> None:
-        lora = self.shelf.files.get(name)
-        if name in self._loaded and lora is not None and self._loaded[name].stamp != lora.stamp and name not in in_use:
-            self._drop(name)
+    def _drop_outdated(self, kept: Set[ShelfLora]) -> None:
+        """Takes those off the device whose file was replaced; one whose file is gone, or is being written, stays."""
+        files = self.shelf.files
+        for lora in list(self._loaded):
+            if lora not in kept and files.get(lora.name, lora) != lora:
+                self._drop(lora)
 
-    def _drop(self, name: str) -> None:
-        lora = self._loaded.pop(name)
+    def _drop(self, lora: ShelfLora) -> None:
+        adapter = self._loaded.pop(lora)
         self.use(())
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=NEXT)
-            self._transformer.delete_adapters(lora.adapter)
-        log.info("lora dropped", name=name, loaded=len(self._loaded))
+            warnings.filterwarnings("ignore", message=MEANT)
+            self._transformer.delete_adapters(adapter)
+        log.info("lora dropped", name=lora.name, loaded=len(self._loaded))
 
     def _switch_off(self) -> None:
         self._active = ()

@@ -4,7 +4,7 @@ Knows no HTTP. `stepping` makes the pictures, on the one thread that owns the de
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -13,8 +13,7 @@ from services.diffusion.jobs import Drawn, News, Picture, PictureJob, PictureReq
 from services.diffusion.model import ModelFacts, ZImageModel
 from services.diffusion.order import Limits
 from services.diffusion.png import encode_png, encode_preview, encode_thumbnail
-from services.diffusion.shapes import Lora, Shape, shape_of
-from services.diffusion.shelf import ShelfLora
+from services.diffusion.shapes import Lora, Shape, ShelfLora, shape_of
 from services.diffusion.stepping import StepScheduler
 from shared.device_thread import DeviceThread, device_failed, not_begun
 from shared.errors import Cancelled, InvalidField, NotBegun, UnknownName, Unready, UpstreamTimeout
@@ -97,8 +96,8 @@ class DiffusionEngine:
             self.pictures.drop(job)
             job.fail(Cancelled("The picture was cancelled."))
 
-    async def loras(self) -> tuple[list[ShelfLora], tuple[Lora, ...]]:
-        """The LoRAs that requests may name, and those of a picture that names none. Raises Unready."""
+    async def loras(self) -> tuple[list[ShelfLora], Mapping[str, float]]:
+        """The LoRAs that requests may name, and names and scales for a picture that names none. Raises Unready."""
         shelf = self.device.model.adapters.shelf
         await asyncio.get_running_loop().run_in_executor(self._helpers, shelf.refresh)
         return list(shelf.files.values()), shelf.default
@@ -118,17 +117,18 @@ class DiffusionEngine:
     async def _loras_of(self, model: ZImageModel, request: PictureRequest) -> tuple[Lora, ...]:
         """The LoRAs that are asked for. Files are looked at in a thread."""
         choices = request.parameters.loras
-        if not choices:
+        if not choices and not model.adapters.shelf.default:
             return model.adapters.choose(choices)
         return await asyncio.get_running_loop().run_in_executor(self._helpers, model.adapters.choose, choices)
 
     def _check_size(self, model: ZImageModel, shape: Shape) -> None:
-        """Raises InvalidField for a picture that this device could not make even if it had nothing else to do."""
+        """Raises InvalidField for a picture that this device could not make even if it had nothing else to do, and
+        decoded it in tiles."""
         room = model.capacity_bytes if self._memory_bytes is None else self._memory_bytes
         if room is None:
             return
         room -= model.adapters.bytes_of(name for name, _ in shape.loras)
-        if model.footprint.together([shape]) <= room:
+        if model.footprint.least(shape) <= room:
             return
         most = model.footprint.most_pixels(shape, room)
         raise InvalidField(

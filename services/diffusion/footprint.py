@@ -81,15 +81,22 @@ class Footprint:
         """Bytes of a decoding of so many pixels at once, 0 where the VAE has a device of its own."""
         if not self.decodes_here:
             return 0
-        if pixels <= self.tiled_above:
-            return self._decode_whole(pixels)
-        points = {size: taken for size, taken in self.measured.decode.items() if size > self.tiling_pixels}
-        at_once = pixels if points else min(pixels, TILE_PX**2) + pixels // self.vae_width
-        return int(_estimate(points, at_once, self._decode_formula))
+        return self._decode_whole(pixels) if pixels <= self.tiled_above else self._decode_tiled(pixels)
 
     def _decode_whole(self, pixels: int) -> int:
         points = {size: taken for size, taken in self.measured.decode.items() if size <= self.tiling_pixels}
         return int(_estimate(points, pixels, self._decode_formula))
+
+    def _decode_tiled(self, pixels: int) -> int:
+        points = {size: taken for size, taken in self.measured.decode.items() if size > self.tiling_pixels}
+        at_once = pixels if points else min(pixels, TILE_PX**2) + pixels // self.vae_width
+        return int(_estimate(points, at_once, self._decode_formula))
+
+    def _decode_least(self, pixels: int) -> int:
+        """Bytes of a decoding in tiles where it can be had, though larger pictures are decoded whole."""
+        if not self.decodes_here or pixels <= TILE_PX**2:
+            return self.decode(pixels)
+        return min(self.decode(pixels), self._decode_tiled(pixels))
 
     @property
     def _decode_formula(self) -> float:
@@ -116,14 +123,18 @@ class Footprint:
         times = self.distrust if len(running) > 1 else 1.0
         return sum(map(self.held, running)) + int(times * max(steps, decodings))
 
+    def least(self, shape: Shape) -> int:
+        """Bytes that a picture takes alone where `decode_in_tiles` may be asked for."""
+        return self.held(shape) + max(self.step(shape.tokens), self._decode_least(shape.pixels))
+
     def most_pixels(self, shape: Shape, room: int) -> int:
-        """Pixels of the largest picture of that form which takes at most `room` bytes."""
+        """Pixels of the largest picture of that form which takes at the least no more than `room` bytes."""
         low, high = 0, shape.pixels
         while high - low > 1:
             middle = (low + high) // 2
             share = middle / shape.pixels
             step = self.step(int(shape.tokens * share))
-            taken = int(self.held(shape) * share) + max(step, self.decode(middle))
+            taken = int(self.held(shape) * share) + max(step, self._decode_least(middle))
             low, high = (middle, high) if taken <= room else (low, middle)
         return low
 

@@ -1,6 +1,7 @@
 """Where the weights of DiT and VAE are kept, in which dtype, and whether they fit there. Loads nothing."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,9 @@ import torch
 
 from services.diffusion.option_settings import OffloadMode
 from services.diffusion.settings import DiffusionSettings
-from shared.checkpoint import checkpoint_dtype
+from shared.checkpoint import UnusableModel, checkpoint_dtype
 from shared.settings import Quantization
-from shared.tensors import CPU, bytes_of, dtype_of, loaded_bytes, pick_device, require_memory
+from shared.tensors import CPU, bytes_of, dtype_of, loaded_bytes, pick_device, require_memory, total_memory
 
 NAMES = {"transformer": "the DiT", "vae": "the VAE"}
 
@@ -33,17 +34,40 @@ def part_bytes(folder: Path, settings: DiffusionSettings) -> int:
 
 
 def require_room(root: Path, settings: DiffusionSettings, device: torch.device) -> None:
-    """Raises UnusableModel when the weights do not fit where they are to be; the DiT computes on `device`."""
+    """Raises UnusableModel when the weights do not fit where they are to be; the DiT computes on `device`.
+
+    What is offloaded as a whole must fit into main memory, and the largest part of it on the device.
+    """
+    sizes = {part: part_bytes(root / part, settings) for part in NAMES}
+    vae_device = pick_device(settings.vae_device)
+    offloaded = _offloaded_parts(settings, device, vae_device)
     places: defaultdict[torch.device, list[str]] = defaultdict(list)
-    places[CPU if is_offloaded(settings, device) else device].append("transformer")
-    places[pick_device(settings.vae_device)].append("vae")
-    for place, parts in places.items():
+    for part, place in (("transformer", device), ("vae", vae_device)):
+        places[CPU if part in offloaded else place].append(part)
+    needs = [*places.items()]
+    if offloaded and settings.offload_mode is OffloadMode.MODEL:
+        needs.append((device, [max(offloaded, key=sizes.__getitem__)]))
+    for place, parts in needs:
         require_memory(
             place,
-            sum(part_bytes(root / part, settings) for part in parts),
+            sum(sizes[part] for part in parts),
             what=f"{' and '.join(NAMES[part] for part in parts)} of {root}",
             advice=_advice(settings, place),
         )
+
+
+def left_for_work(device: torch.device, weights: int) -> int | None:
+    """Bytes that so many bytes of weights leave of the device, None where that cannot be told. Raises UnusableModel
+    when they leave nothing."""
+    total = total_memory(device)
+    if total is None:
+        return None
+    if weights >= total:
+        raise UnusableModel(
+            f"the weights take {weights / 1e9:.3g} GB, but the device '{device}' has {total / 1e9:.3g} GB in all: "
+            "nothing is left for pictures; choose --quantization or --cpu-offload, or another device with --dit-device"
+        )
+    return total - weights
 
 
 def resident_bytes(transformer: Any, vae: Any, settings: DiffusionSettings, device: torch.device) -> int:
@@ -58,8 +82,18 @@ def resident_bytes(transformer: Any, vae: Any, settings: DiffusionSettings, devi
     return sum(weights[part] for part in there)
 
 
+def _offloaded_parts(settings: DiffusionSettings, device: torch.device, vae_device: torch.device) -> Sequence[str]:
+    """Parts whose weights wait in main memory: as a whole, a VAE on the DiT's device comes and goes too."""
+    if not is_offloaded(settings, device):
+        return []
+    in_turns = settings.offload_mode is OffloadMode.MODEL and vae_device.type == device.type
+    return ["transformer", "vae"] if in_turns else ["transformer"]
+
+
 def _advice(settings: DiffusionSettings, place: torch.device) -> str:
     other = "choose other devices with --dit-device and --vae-device"
+    if place.type != "cpu" and settings.cpu_offload and settings.offload_mode is OffloadMode.MODEL:
+        return f"free some of it, set optimization.offload_mode to 'group', or {other}"
     if place.type == "cpu" or settings.cpu_offload:
         return f"free some of it, or {other}"
     if settings.quantization is not Quantization.NONE:

@@ -41,9 +41,7 @@ async def read_message(
 def judge_header(header: Header, facts: ModelFacts, *, max_pixels: int) -> DiffusionParameters:
     """The parameters of a message whose tensors the model can take. Raises InvalidField, MalformedBody."""
     parameters = _read_parameters(header)
-    pixels = parameters.width * parameters.height
-    if pixels > max_pixels:
-        raise InvalidField(f"'width' times 'height' must be at most {max_pixels} pixels, not {pixels}.")
+    _check_size(parameters, facts, max_pixels)
     negative = (NEGATIVE,) if parameters.guidance_scale > 0 else ()
     for name in (TEXT, *negative, *parameters.references):
         _check_embeddings(name, header.tensor(name), facts.text_width)
@@ -61,6 +59,18 @@ def _read_parameters(header: Header) -> DiffusionParameters:
         if errors[0]["type"] in ("json_invalid", "string_unicode"):
             raise MalformedBody(f"The metadata entry '{PARAMETERS}' is not JSON.") from None
         raise from_validation(errors) from None
+
+
+def _check_size(parameters: DiffusionParameters, facts: ModelFacts, max_pixels: int) -> None:
+    pixels = parameters.width * parameters.height
+    if pixels > max_pixels:
+        raise InvalidField(f"'width' times 'height' must be at most {max_pixels} pixels, not {pixels}.")
+    for name, side, longest in (
+        ("width", parameters.width, facts.max_width_px),
+        ("height", parameters.height, facts.max_height_px),
+    ):
+        if side > longest:
+            raise InvalidField(f"'{name}' must be at most {longest} pixels for this model, not {side}.")
 
 
 def _check_embeddings(name: str, meta: TensorMeta | None, width: int) -> None:

@@ -20,12 +20,13 @@ from services.diffusion.denoising import Denoising
 from services.diffusion.fitting import fit, text_limit
 from services.diffusion.footprint import Footprint
 from services.diffusion.guidance import guide, guided_steps
+from services.diffusion.memory import left_for_work
 from services.diffusion.preview import PreviewMap
 from services.diffusion.schedule import first_noise, make_scheduler
-from services.diffusion.shapes import Lora, Shape, padded
+from services.diffusion.shapes import Lora, Shape, ShelfLora, padded
 from shared.errors import InvalidField
 from shared.schemas.diffusion import DiffusionParameters
-from shared.tensors import free_memory, from_message, total_memory, within_memory
+from shared.tensors import free_memory, from_message, within_memory
 from shared.wire import Header
 
 TRAIN_STEPS = 1000  # the model sees (1000 - t) / 1000
@@ -36,13 +37,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What a caller may want to know of the loaded checkpoint. `text_limit` is in tokens; `fingerprint` is equal where
-    the same request gives the same picture, but for a device's rounding."""
+    """What a caller may want to know of the loaded checkpoint. `text_limit` is in tokens; pictures may be as wide and
+    high as the DiT has positions; `fingerprint` is equal where the same request gives the same picture, but for a
+    device's rounding."""
 
     device: str
     dtype: str
     text_width: int
     text_limit: int
+    max_width_px: int
+    max_height_px: int
     name: str = ""
     fingerprint: str = ""
 
@@ -68,7 +72,8 @@ class Parts:
 
 
 class ZImageModel:
-    """A checkpoint at work, on the devices where its parts are."""
+    """A checkpoint at work, on the devices where its parts are. Raises UnusableModel when its weights leave no memory
+    to pictures."""
 
     def __init__(self, parts: Parts, footprint: Footprint) -> None:
         self.parts = parts
@@ -78,13 +83,15 @@ class ZImageModel:
         self._live: WeakSet[Denoising] = WeakSet()
         self.adapters = parts.adapters
         self.footprint = footprint
-        total = total_memory(parts.device)
-        self.capacity_bytes = None if total is None else total - parts.weight_bytes
+        self.capacity_bytes = left_for_work(parts.device, parts.weight_bytes)
+        text_positions, rows, columns = transformer.config.axes_lens  # image positions count patches, from 0
         self.facts = ModelFacts(
             device=str(parts.device),
             dtype=str(self._dtype).removeprefix("torch."),
             text_width=transformer.config.cap_feat_dim,
-            text_limit=text_limit(transformer.config.axes_lens[0]),
+            text_limit=text_limit(text_positions),
+            max_width_px=columns * PATCH * self._cell_px,
+            max_height_px=rows * PATCH * self._cell_px,
         )
 
     def read_embeddings(self, message: bytearray, header: Header, name: str) -> torch.Tensor:
@@ -151,7 +158,7 @@ class ZImageModel:
 
     def fits(self, shapes: Sequence[Shape], free_bytes: int | None) -> bool:
         """Whether pictures of these shapes can be in the making at once, LoRAs and all."""
-        loras = {name for shape in shapes for name, _ in shape.loras}
+        loras = {lora for shape in shapes for lora, _ in shape.loras}
         if not self.adapters.fit(loras):
             return False
         return free_bytes is None or self.footprint.together(shapes) + self.adapters.bytes_of(loras) <= free_bytes
@@ -169,7 +176,7 @@ class ZImageModel:
     def make_room(self, shapes: Sequence[Shape], free_bytes: int | None) -> None:
         """Takes LoRAs off the device that leave too little of it for pictures of these shapes."""
         if free_bytes is not None:
-            wanted = {name for shape in shapes for name, _ in shape.loras}
+            wanted = {lora for shape in shapes for lora, _ in shape.loras}
             self.adapters.keep_within(free_bytes - self.footprint.together(shapes), wanted)
 
     def drop_idle_loras(self) -> None:
@@ -177,8 +184,9 @@ class ZImageModel:
         self.adapters.keep_within(0, self._loras_in_use())
 
     def check_device(self) -> None:
-        """A little work, waited for: raises what the driver says when the device is lost."""
-        torch.ones(1, device=self.parts.device).sum().item()
+        """A little work, waited for: raises what the driver says when the device is lost, OutOfMemory when it has no
+        room even for that."""
+        self._in_memory(lambda: torch.ones(1, device=self.parts.device).sum().item())
 
     def _start(
         self,
@@ -188,7 +196,7 @@ class ZImageModel:
         loras: tuple[Lora, ...],
         references: Sequence[torch.Tensor],
     ) -> Denoising:
-        self.adapters.load(loras, in_use=self._loras_in_use())
+        loras = self.adapters.load(loras, in_use=self._loras_in_use())
         device = self.parts.device
         rows, columns = (PATCH * (side // (PATCH * self._cell_px)) for side in (parameters.height, parameters.width))
         noise = first_noise(parameters.seed, channels=self._transformer.config.in_channels, height=rows, width=columns)
@@ -214,8 +222,8 @@ class ZImageModel:
         self._live.add(picture)
         return picture
 
-    def _loras_in_use(self) -> set[str]:
-        return {name for picture in self._live for name, _ in picture.loras}
+    def _loras_in_use(self) -> set[ShelfLora]:
+        return {lora for picture in self._live for lora, _ in picture.loras}
 
     def _check_comparable(self, picture: Denoising) -> None:
         """Raises InvalidField for a picture whose forwards cannot be compared with each other, one step's with the

@@ -1,14 +1,31 @@
 """What decides whether pictures can share a forward of the DiT, and how large it then is. Knows no tensors."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from shared.schemas.diffusion import DiffusionParameters
 from shared.schemas.fields import SIDE_MULTIPLE_PX
 
 SEQUENCE_MULTIPLE = 32  # diffusers' SEQ_MULTI_OF: caption and picture are each padded to a multiple of it
 
-Lora = tuple[str, float]
-"""Name and scale."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShelfLora:
+    """A LoRA's file as it was when it was looked at; `stamp`, when it was written and its bytes, changes with the file,
+    and makes of it another LoRA; `numbers` are those of its matrices."""
+
+    name: str
+    path: Path
+    stamp: tuple[int, int]
+    bytes: int
+    numbers: int
+    rank: int | None
+    metadata: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+
+Lora = tuple[ShelfLora, float]
+"""What is added to the weights, and its scale."""
 
 
 def padded(tokens: int) -> int:

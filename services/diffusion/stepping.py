@@ -9,6 +9,8 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
 
 import structlog
 
@@ -30,6 +32,7 @@ from shared.tensors import DEVICE_ERROR, describe
 RETRY_AFTER_S = 5
 BEGINNING_S = 0.05  # pictures are begun for so long before those in the making go on; one always is
 PROVEN_STEPS = 32  # of as many pictures as fit, after which one more is tried
+FULL = "The device has too little free memory for this picture."
 OVERFLOWED = "The model's numbers overflowed {where}; try another seed or float32 weights."
 
 log = structlog.get_logger(__name__)
@@ -146,7 +149,7 @@ class StepScheduler:
             self._settled = not too_large
             self._tell_places()
         if too_large:
-            chosen[0].fail(OutOfMemory("The device has too little free memory for this picture.", retry_after_s=10))
+            chosen[0].fail(OutOfMemory(FULL, retry_after_s=10))
         elif chosen:
             model.make_room([job.shape for job in self._running], self._free_bytes)
 
@@ -184,25 +187,27 @@ class StepScheduler:
             denoising = model.start(request.parameters, text, negative, job.shape.loras, references)
             job.begin(denoising, self._ticks)
         except Exception as error:  # noqa: BLE001 - one bad picture must not end the service
-            self._fail(model, [job], error)
+            self._end(job, self._look_at(model, [job], error))
 
     def _step(self, model: ZImageModel, group: Sequence[PictureJob]) -> None:
         try:
             overflowed = model.step(_denoisings(group))
         except Exception as error:  # noqa: BLE001 - one bad picture must not end the service
-            if len(group) == 1:
-                self._fail(model, group, error)
-                return
-            self._look_at(model, group, error)
-            if isinstance(error, OutOfMemory):
-                self._most[group[0].shape] = len(group) // 2
-                self._proven[group[0].shape] = 0
-            for half in (group[: len(group) // 2], group[len(group) // 2 :]):
-                self._step(model, half)
+            told = self._look_at(model, group, error)
+        else:
+            self._prove(group)
+            for job in group:
+                self._note_step(model, job, overflowed)
             return
-        self._prove(group)
-        for job in group:
-            self._note_step(model, job, overflowed)
+        # Here the error is gone, and with it the frames that held the step's tensors.
+        if len(group) == 1:
+            self._end(group[0], told)
+            return
+        if isinstance(told, OutOfMemory):
+            self._most[group[0].shape] = len(group) // 2
+            self._proven[group[0].shape] = 0
+        for half in (group[: len(group) // 2], group[len(group) // 2 :]):
+            self._step(model, half)
 
     def _prove(self, group: Sequence[PictureJob]) -> None:
         """A step went well: after many of them a group that was made smaller is tried with one picture more."""
@@ -244,42 +249,43 @@ class StepScheduler:
         try:
             arrays = model.decode(_denoisings(jobs))
         except Exception as error:  # noqa: BLE001 - one bad picture must not end the service
-            pixels = jobs[0].shape.pixels
-            if len(jobs) == 1 and not (isinstance(error, OutOfMemory) and model.footprint.decode_in_tiles(pixels)):
-                self._fail(model, jobs, error)
-                return
-            self._look_at(model, jobs, error)
-            for job in jobs:
-                self._decode(model, [job])
+            told = self._look_at(model, jobs, error)
+        else:
+            for job, pixels in zip(jobs, arrays, strict=True):
+                job.timings.decode = time.monotonic() - started
+                self._finish(model, job, pixels)
             return
-        for job, pixels in zip(jobs, arrays, strict=True):
-            job.timings.decode = time.monotonic() - started
-            if pixels is None:
-                self._end(job, NumericalError(OVERFLOWED.format(where="while it was decoded")))
-            else:
-                self._leave(job)
-                job.resolve(Drawn(pixels))
-                model.footprint.note_success()
-
-    def _fail(self, model: ZImageModel, jobs: Sequence[PictureJob], error: Exception) -> None:
-        """Ends pictures with an error of theirs. Raises what says that the device is lost."""
-        self._look_at(model, jobs, error)
-        told = error if isinstance(error, ServiceError) else None
+        pixels = jobs[0].shape.pixels
+        if len(jobs) == 1 and not (isinstance(told, OutOfMemory) and model.footprint.decode_in_tiles(pixels)):
+            self._end(jobs[0], told)
+            return
         for job in jobs:
-            self._end(job, told or InternalError("The picture could not be made; the server's log has the cause."))
+            self._decode(model, [job])
 
-    def _look_at(self, model: ZImageModel, jobs: Sequence[PictureJob], error: Exception) -> None:
-        """Learns from an error, and finds out whether the device still answers. Raises what says that it does not."""
+    def _finish(self, model: ZImageModel, job: PictureJob, pixels: Any) -> None:
+        if pixels is None:
+            self._end(job, NumericalError(OVERFLOWED.format(where="while it was decoded")))
+            return
+        self._leave(job)
+        job.resolve(Drawn(pixels))
+        model.footprint.note_success()
+
+    def _look_at(self, model: ZImageModel, jobs: Sequence[PictureJob], error: Exception) -> ServiceError:
+        """Learns from an error, finds out whether the device still answers, and answers what is to be told. Raises what
+        says that it does not."""
         if isinstance(error, DEVICE_ERROR):
             raise error
-        if isinstance(error, OutOfMemory):
+        ids = [job.request.request_id for job in jobs]
+        if isinstance(error, ServiceError):
+            told: ServiceError = error.with_traceback(None)  # whose frames have the pictures
+        else:
+            log.error("a picture failed", request_ids=ids, steps=[job.step for job in jobs], exc_info=error)
+            told = _told_of_unknown(model)
+        if isinstance(told, OutOfMemory):
             model.footprint.note_error()
             model.drop_idle_loras()
-            log.warning("the device ran out of memory", request_ids=[job.request.request_id for job in jobs])
-        elif not isinstance(error, ServiceError):
-            ids = [job.request.request_id for job in jobs]
-            log.error("a picture failed", request_ids=ids, steps=[job.step for job in jobs], exc_info=error)
-            model.check_device()
+            log.warning("the device ran out of memory", request_ids=ids)
+        return told
 
     def _end(self, job: PictureJob, error: ServiceError) -> None:
         self._leave(job)
@@ -296,6 +302,15 @@ class StepScheduler:
             if job.place != place:
                 job.place = place
                 job.tell(Waits(place))
+
+
+def _told_of_unknown(model: ZImageModel) -> ServiceError:
+    """What is told of an error that says nothing: where the device is full that is taken for its cause. Raises what
+    says that the device is lost."""
+    with suppress(OutOfMemory):
+        model.check_device()
+        return InternalError("The picture could not be made; the server's log has the cause.")
+    return OutOfMemory(FULL, retry_after_s=10)  # not raised, or it would hold on to the error and its tensors
 
 
 def _denoisings(jobs: Sequence[PictureJob]) -> list[Denoising]:

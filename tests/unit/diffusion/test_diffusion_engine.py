@@ -185,6 +185,27 @@ class TestMemory:
             await draw(engine, request())
             assert model.footprint.tiled_above == model.footprint.tiling_pixels
 
+    async def test_beside_its_loras_a_picture_may_be_decoded_in_tiles(
+        self, model: WatchedModel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It is not refused though without them it would be decoded whole."""
+        fields = {"width": 768, "height": 768, "steps": 1}
+        shape = model.inner.start(parameters(**fields), embeddings(20), None).shape
+        room = model.footprint.together([shape])
+        taken = [room - model.footprint.least(shape)]
+        assert taken[0] > 0
+        monkeypatch.setattr(model.adapters, "choose", lambda _: (("ink", 1.0),))
+        monkeypatch.setattr(model.adapters, "bytes_of", lambda names: taken[0] * len(set(names)))
+        monkeypatch.setattr(model, "start", lambda wanted, text, *_: model.inner.start(wanted, text, None))
+        async with running(model, memory_bytes=room) as engine:
+            await draw(engine, request(**fields))
+            assert model.footprint.tiled_above < shape.pixels
+            taken[0] += 1
+            with pytest.raises(InvalidField, match=r"must be at most \d+ pixels on this device, not 589824") as no:
+                await draw(engine, request(**fields))
+        most = int(str(no.value).split("at most ")[1].split()[0])
+        assert 0.9 * shape.pixels < most < shape.pixels
+
 
 class TestNews:
     """What is told of a picture on its way."""

@@ -150,6 +150,41 @@ async def test_pictures_too_large_to_be_decoded_at_once_are_decoded_one_by_one(m
     assert np.array_equal(pixels_of(pictures[1]), drawn_by(model.inner, seed=100, steps=1))
 
 
+@pytest.mark.parametrize("stage", ["break_next", "break_decode"])
+async def test_an_error_on_a_full_device_is_told_as_too_little_memory(
+    model: WatchedModel, log: list[Any], stage: str
+) -> None:
+    """A library's error may be how it says so, and a look at the device then fails for want of memory as well."""
+    async with running(model) as engine:
+        getattr(model, stage).append(RuntimeError("a library's own text"))
+        model.break_device.append(FULL)
+        with pytest.raises(OutOfMemory) as failed:
+            await draw(engine, request())
+        assert failed.value.__context__ is None, "the error's frames may hold the tensors that fill the device"
+        assert engine.device.unready_reason() is None
+        picture = await draw(engine, request())
+    assert model.break_device == []
+    assert np.array_equal(pixels_of(picture), drawn_by(model.inner))
+    assert "the device ran out of memory" in [entry["event"] for entry in log]
+
+
+async def test_a_group_that_fails_on_a_full_device_goes_on_in_halves(model: WatchedModel) -> None:
+    def break_group(group: Sequence[Denoising]) -> Exception | None:
+        if len(group) <= 2:
+            return None
+        model.break_device.append(FULL)
+        return RuntimeError("a library's own text")
+
+    async with running(model) as engine:
+        engine.pictures.max_waiting = 10
+        first = await hold(engine, model, seed=1, steps=3)
+        tasks = await queue(engine, 3, steps=3)
+        model.break_group = break_group
+        model.gate.set()
+        await asyncio.gather(first, *tasks)
+    assert [len(group) for group in model.steps].count(4) == 1, "what did not fit is not tried at every step"
+
+
 async def test_numbers_that_overflow_name_the_step(model: WatchedModel) -> None:
     def overflow(group: Sequence[Denoising]) -> None:
         for one in group:

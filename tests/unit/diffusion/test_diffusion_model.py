@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import forget_weights
-from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 from fakes import TEXT_WIDTH, embeddings, parameters
 
 from services.diffusion.denoising import Denoising
@@ -322,6 +322,38 @@ def test_too_little_memory_for_the_vae(zimage_model: ZImageModel) -> None:
 def test_facts(zimage_model: ZImageModel) -> None:
     facts = zimage_model.facts
     assert (facts.device, facts.dtype, facts.text_width, facts.text_limit) == ("cpu", "float32", TEXT_WIDTH, 1504)
+    assert (facts.max_width_px, facts.max_height_px) == (8192, 8192)
+
+
+def test_the_longest_sides_are_those_that_the_dit_has_positions_for(zimage_model: ZImageModel) -> None:
+    """Whatever the text's length: image positions begin at 0 beside it."""
+    config = {**zimage_model.parts.transformer.config, "axes_lens": (66, 4, 6)}
+    small = with_parts(zimage_model, transformer=ZImageTransformer2DModel.from_config(config).eval())
+    sides = {"height": small.facts.max_height_px, "width": small.facts.max_width_px}
+    assert sides == {"height": 64, "width": 96}
+    small.step([small.start(parameters(**sides), embeddings(64), None)])
+    for side in sides:
+        picture = small.start(parameters(**{**sides, side: sides[side] + 16}), embeddings(64), None)
+        with pytest.raises(IndexError):
+            small.step([picture])
+
+
+def test_a_device_that_is_full_says_so(zimage_model: ZImageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    zimage_model.check_device()
+    monkeypatch.setattr(torch, "ones", full)
+    with pytest.raises(OutOfMemory):
+        zimage_model.check_device()
+
+
+def test_weights_that_leave_nothing_for_pictures(zimage_model: ZImageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.diffusion.memory.total_memory", lambda _: 8_000_000_000)
+    assert with_parts(zimage_model, weight_bytes=7_999_999_999).capacity_bytes == 1
+    with pytest.raises(UnusableModel, match=r"^the weights take 12.3 GB, but the device 'cpu' has 8 GB in all") as no:
+        with_parts(zimage_model, weight_bytes=12_300_000_000)
+    assert "\n" not in str(no.value)
 
 
 def test_only_diffusions_parts_are_needed(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import re
+import threading
 from collections.abc import AsyncIterator, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -20,9 +21,11 @@ from inprocess import client_of, eventually, started, until
 from PIL import Image
 
 from services.diffusion import app as app_module
+from services.diffusion import routes
 from services.diffusion.app import create_app
 from services.diffusion.model import ZImageModel
 from services.diffusion.settings import DiffusionSettings
+from shared import events
 from shared.problems import MEDIA_TYPE as PROBLEM
 from shared.wire import MEDIA_TYPE, TensorMeta, build_header
 
@@ -258,6 +261,25 @@ async def test_the_way_of_a_picture_as_events(client: httpx2.AsyncClient) -> Non
     assert base64.b64decode(done["image_b64"], validate=True) == plain.content
     assert done["headers"]["X-Thumbnail"] == plain.headers["x-thumbnail"]
     assert done["headers"]["Server-Timing"].startswith("queue;dur=")
+
+
+@pytest.mark.parametrize("large", [True, False])
+async def test_the_event_of_a_large_picture_is_made_in_a_thread(
+    client: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch, *, large: bool
+) -> None:
+    """The loop serves others meanwhile; the small ones that tell of steps are not worth one."""
+    made: list[tuple[str | None, bool]] = []
+
+    def noted(data: str, name: str | None = None) -> bytes:
+        made.append((name, threading.current_thread() is threading.main_thread()))
+        return event(data, name)
+
+    event = events.event
+    monkeypatch.setattr(events, "event", noted)
+    monkeypatch.setattr(routes, "LARGE_PNG_BYTES", 0 if large else 1 << 30)
+    told = events_of(await draw(client, accept="text/event-stream"))
+    assert [name for name, _ in told] == [name for name, _ in made]
+    assert [in_loop for _, in_loop in made] == [True] * 5 + [not large]
 
 
 async def test_what_is_refused_is_no_stream(client: httpx2.AsyncClient, model: WatchedModel) -> None:

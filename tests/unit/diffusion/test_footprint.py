@@ -177,6 +177,19 @@ class TestEstimates:
         footprint.tile_within(10**12)
         assert footprint.tiled_above == 1024**2
 
+    @pytest.mark.parametrize("measured", [Measured(), Measured({}, {256**2: 60_000_000, 2048**2: 320_000_000})])
+    def test_a_picture_takes_the_least_in_tiles_where_it_can_be(self, measured: Measured) -> None:
+        footprint = replace(PLAIN, tiling_pixels=1024**2, measured=measured)
+        for side in (64, 512, 528, 768, 1024, 1040, 2048):
+            shape = Shape(height=side, width=side, text_tokens=32)
+            in_tiles = replace(footprint)
+            in_tiles.decode_in_tiles(shape.pixels)
+            assert footprint.least(shape) == min(one.together([shape]) for one in (footprint, in_tiles))
+            assert footprint.tiled_above == 1024**2
+            assert footprint.most_pixels(shape, footprint.least(shape) - 1) < shape.pixels
+        elsewhere = replace(footprint, decodes_here=False)
+        assert elsewhere.least(shape) == elsewhere.held(shape) + elsewhere.step(shape.tokens)
+
 
 class TestShapes:
     """What lets pictures share a forward."""

@@ -4,6 +4,7 @@ import asyncio
 import json
 import struct
 from collections.abc import AsyncIterator, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from shared.errors import InvalidField, MalformedBody, ServiceError
 from shared.schemas.diffusion import DiffusionParameters
 from shared.wire import Header, TensorMeta, build_header, parse_header
 
-FACTS = ModelFacts(device="cpu", dtype="float32", text_width=64, text_limit=1504)
+FACTS = ModelFacts(device="cpu", dtype="float32", text_width=64, text_limit=1504, max_width_px=8192, max_height_px=8192)
 JUDGE = partial(judge_header, facts=FACTS, max_pixels=4_200_000)
 
 
@@ -141,6 +142,17 @@ REFUSED_PARAMETERS: dict[str, tuple[dict[str, Any], str]] = {
 async def test_parameters_that_are_wrong(raw: dict[str, Any], text: str) -> None:
     with pytest.raises(InvalidField, match=text):
         await read(message(raw=raw))
+
+
+@pytest.mark.parametrize(("field", "longest"), [("width", 96), ("height", 64)])
+def test_a_side_beyond_the_models_positions(field: str, longest: int) -> None:
+    facts = replace(FACTS, max_width_px=96, max_height_px=64)
+    largest = parameters(width=96, height=64)
+    assert judge_header(parse_header(header_only(one(), largest)), facts, max_pixels=1 << 20) == largest
+    beyond = largest.model_copy(update={field: longest + 16})
+    with pytest.raises(InvalidField) as refused:
+        judge_header(parse_header(header_only(one(), beyond)), facts, max_pixels=1 << 20)
+    assert refused.value.detail == f"'{field}' must be at most {longest} pixels for this model, not {longest + 16}."
 
 
 @pytest.mark.parametrize("field", [name for name, one in DiffusionParameters.model_fields.items() if one.is_required()])

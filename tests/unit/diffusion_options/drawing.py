@@ -41,9 +41,9 @@ def draw(
     tokens: int = 20,
     negative_tokens: int = 40,
     height: int = SIZE,
-    loras: tuple[Lora, ...] = (),
+    loras: tuple[Lora | tuple[str, float], ...] = (),
 ) -> Any:
-    """The picture as whole numbers [height, width, 3]."""
+    """The picture as whole numbers [height, width, 3]; LoRAs may be told by their names."""
     parameters = DiffusionParameters(
         width=SIZE,
         height=height,
@@ -53,10 +53,17 @@ def draw(
         shift=3.0,
         long_prompt_mode=LongPromptMode.TRUNCATE,
     )
-    picture = model.start(parameters, embeddings(tokens), embeddings(negative_tokens, 4) if guidance else None, loras)
+    negative = embeddings(negative_tokens, 4) if guidance else None
+    picture = model.start(parameters, embeddings(tokens), negative, named(model, *loras))
     while not picture.finished:
         model.step([picture])
     return model.decode([picture])[0].astype(int)
+
+
+def named(model: ZImageModel, *loras: Lora | tuple[str, float]) -> tuple[Lora, ...]:
+    """LoRAs of the shelf, as it saw their files last, by their names."""
+    files = model.adapters.shelf.files
+    return tuple((files[lora] if isinstance(lora, str) else lora, scale) for lora, scale in loras)
 
 
 def draw_by_pipeline(pipeline: Any, *, guidance: float = 0.0, tokens: int = 20, negative_tokens: int = 40) -> Any:

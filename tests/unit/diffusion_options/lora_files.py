@@ -1,13 +1,16 @@
 """LoRA files with random weights for a DiT, in the formats that trainers write."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import ZImagePipeline
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 RANK, ALPHA = 4, 6
 LAYERS = (
@@ -45,6 +48,15 @@ def write_diffusers(folder: Path, transformer: Any) -> Path:
         transformer_lora_adapter_metadata=metadata,
     )
     return folder / "pytorch_lora_weights.safetensors"
+
+
+def with_settings(path: Path, to: Path, **settings: Any) -> Path:
+    """Copies a file that diffusers wrote, with other settings of peft's."""
+    with safe_open(path, "pt") as file:
+        said = json.loads(file.metadata()[LORA_ADAPTER_METADATA_KEY])
+    said |= {f"transformer.{name}": value for name, value in settings.items()}
+    save_file(load_file(path), to, metadata={LORA_ADAPTER_METADATA_KEY: json.dumps(said)})
+    return to
 
 
 def write_kohya(folder: Path, transformer: Any, *, dtype: torch.dtype = torch.float32) -> Path:

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from drawing import draw, load, load_pipeline
+from drawing import draw, load, load_pipeline, named
 from fakes import embeddings, parameters
 from lora_files import write, write_diffusers, write_kohya, write_original
 from safetensors.torch import load_file, save_file
 
 from services.diffusion.model import ZImageModel
-from services.diffusion.shapes import Shape
+from services.diffusion.shapes import Lora, Shape
 from shared.checkpoint import UnusableModel
 from shared.errors import InvalidField, OutOfMemory, UnknownName
 from shared.schemas.diffusion import LoraChoice
@@ -25,20 +25,8 @@ from shared.schemas.diffusion import LoraChoice
 FORMATS = {"diffusers": write_diffusers, "kohya": write_kohya, "original": write_original}
 
 
-@pytest.fixture
-def folder(tiny_checkpoint: Path, tmp_path: Path) -> Path:
-    """A folder with three LoRAs, one of them in a folder of its own."""
-    transformer = load_pipeline(tiny_checkpoint, torch.float32).transformer
-    place = tmp_path / "loras"
-    (place / "styles").mkdir(parents=True)
-    for name, seed in (("ink", 0), ("oil", 1), ("styles/v1.0 chalk", 2)):
-        shutil.move(write_original(tmp_path, transformer, seed=seed), place / f"{name}.safetensors")
-    return place
-
-
-@pytest.fixture
-def model(tiny_checkpoint: Path, folder: Path) -> ZImageModel:
-    return load(tiny_checkpoint, lora_dir=folder)
+def names(loras: tuple[Lora, ...]) -> tuple[tuple[str, float], ...]:
+    return tuple((lora.name, scale) for lora, scale in loras)
 
 
 class TestPictures:
@@ -90,7 +78,7 @@ class TestKeeping:
 
     def test_the_last_used_stay(self, tiny_checkpoint: Path, folder: Path) -> None:
         model = load(tiny_checkpoint, lora_dir=folder)
-        one = model.adapters.shelf.bytes_of({"ink"}, 4)
+        one = model.adapters.bytes_of([model.adapters.shelf.files["ink"]])
         assert one > 0
         model.adapters._max_bytes = 2 * one
         first = draw(model, loras=(("ink", 1.0),))
@@ -103,14 +91,15 @@ class TestKeeping:
         assert np.array_equal(draw(model, loras=(("ink", 1.0),)), first)
 
     def test_those_in_use_are_not_dropped(self, model: ZImageModel) -> None:
-        model.adapters._max_bytes = model.adapters.shelf.bytes_of({"ink"}, 4)
-        model.adapters.load((("ink", 1.0),))
-        model.adapters.load((("oil", 1.0),), in_use={"ink"})
+        model.adapters._max_bytes = model.adapters.bytes_of([model.adapters.shelf.files["ink"]])
+        ink, oil = named(model, ("ink", 1.0), ("oil", 1.0))
+        model.adapters.load([ink])
+        model.adapters.load([oil], in_use={ink[0]})
         assert set(model.adapters.loaded) == {"ink", "oil"}
-        assert not model.adapters.fit({"ink", "oil"})
+        assert not model.adapters.fit([ink[0], oil[0]])
 
     def test_what_alone_is_too_much_is_refused(self, model: ZImageModel) -> None:
-        model.adapters._max_bytes = model.adapters.shelf.bytes_of({"ink"}, 4)
+        model.adapters._max_bytes = model.adapters.bytes_of([model.adapters.shelf.files["ink"]])
         with pytest.raises(InvalidField, match="'loras' takes more than the"):
             model.adapters.choose([LoraChoice(name="ink"), LoraChoice(name="oil")])
 
@@ -138,8 +127,8 @@ class TestRoom:
     def test_idle_ones_make_room(self, model: ZImageModel, monkeypatch: pytest.MonkeyPatch) -> None:
         draw(model, loras=(("ink", 1.0),))
         one = model.adapters.loaded_bytes
-        assert one == model.adapters.shelf.bytes_of({"ink"}, 4) > 0
-        oiled = Shape(height=64, width=64, text_tokens=32, loras=(("oil", 1.0),))
+        assert one == model.adapters.bytes_of([model.adapters.shelf.files["ink"]]) > 0
+        oiled = Shape(height=64, width=64, text_tokens=32, loras=named(model, ("oil", 1.0)))
         needed = model.footprint.together([oiled]) + one
         monkeypatch.setattr("services.diffusion.model.free_memory", lambda _: needed - one)
         free = model.free_bytes()
@@ -152,7 +141,7 @@ class TestRoom:
 
     def test_only_idle_ones_are_dropped(self, model: ZImageModel) -> None:
         plain = draw(model)
-        picture = model.start(parameters(), embeddings(20), None, (("ink", 1.0),))
+        picture = model.start(parameters(), embeddings(20), None, named(model, ("ink", 1.0)))
         draw(model, loras=(("oil", 1.0),))
         model.drop_idle_loras()
         assert model.adapters.loaded == ["ink"]
@@ -225,7 +214,7 @@ class TestFolder:
         assert len(looks) <= 3
         monkeypatch.undo()
         shutil.copy(folder / "ink.safetensors", folder / "new.safetensors")
-        assert model.adapters.choose([LoraChoice(name="new")]) == (("new", 1.0),)
+        assert names(model.adapters.choose([LoraChoice(name="new")])) == (("new", 1.0),)
 
     def test_a_name_given_twice(self, model: ZImageModel) -> None:
         with pytest.raises(InvalidField, match="names a LoRA twice"):
@@ -260,9 +249,9 @@ class TestDefault:
         path = folder / "ink.safetensors"
         model = load(tiny_checkpoint, lora_dir=folder, lora=[f"{path}:0.5"])
         choose = model.adapters.choose
-        assert choose(None) == (("ink", 0.5),)
+        assert names(choose(None)) == (("ink", 0.5),)
         assert choose([]) == ()
-        assert choose([LoraChoice(name="oil")]) == (("oil", 1.0),)
+        assert names(choose([LoraChoice(name="oil")])) == (("oil", 1.0),)
         fused = draw(load(tiny_checkpoint, lora=[f"{path}:0.5"]))
         assert abs(draw(model, loras=choose(None)) - fused).max() <= 1
         assert np.array_equal(draw(model, loras=choose([])), draw(load(tiny_checkpoint)))
@@ -271,7 +260,7 @@ class TestDefault:
         elsewhere = tmp_path / "mine.safetensors"
         shutil.move(folder / "ink.safetensors", elsewhere)
         model = load(tiny_checkpoint, lora_dir=folder, lora=[f"{elsewhere}:0.5"])
-        assert model.adapters.choose(None) == (("mine", 0.5),)
+        assert names(model.adapters.choose(None)) == (("mine", 0.5),)
         assert "mine" in model.adapters.shelf.files
 
     def test_one_that_is_named_twice_has_both_scales(self, tiny_checkpoint: Path, folder: Path) -> None:
@@ -279,7 +268,7 @@ class TestDefault:
         model = load(
             tiny_checkpoint, lora_dir=folder, lora=[f"{path}:0.5", f"{folder}/oil.safetensors", f"{path}:0.25"]
         )
-        assert model.adapters.choose(None) == (("ink", 0.75), ("oil", 1.0))
+        assert names(model.adapters.choose(None)) == (("ink", 0.75), ("oil", 1.0))
         none = load(tiny_checkpoint, lora_dir=folder, lora=[f"{path}:0.5", f"{path}:-0.5"])
         assert none.adapters.choose(None) == ()
 

@@ -1,12 +1,14 @@
 """Weights that do not fit into a device's memory are refused before they are loaded."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from drawing import load, load_pipeline
 
 from services.diffusion.memory import require_room
+from services.diffusion.option_settings import OffloadMode
 from services.diffusion.settings import DiffusionSettings
 from services.encoder.model import load_text_encoder
 from services.encoder.settings import EncoderSettings
@@ -79,6 +81,55 @@ def test_offloaded_weights_need_main_memory(tiny_checkpoint: Path, monkeypatch: 
     with pytest.raises(UnusableModel, match=r"^the DiT of .* keep the DiT in main memory with --cpu-offload"):
         require_room(tiny_checkpoint, settings, CUDA)
     require_room(tiny_checkpoint, settings.model_copy(update={"cpu_offload": True}), CUDA)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """A machine with a GPU, and what its devices have free."""
+    free = {"cuda": 1 << 40, "cpu": 1 << 40}
+    monkeypatch.setattr(tensors, "free_memory", lambda device: free[device.type])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    return free
+
+
+def whole_offloaded(checkpoint: Path, **options: Any) -> DiffusionSettings:
+    return DiffusionSettings(model_path=checkpoint, cpu_offload=True, offload_mode="model", **options)
+
+
+@pytest.mark.parametrize("vae_device", ["cuda", "cpu"])
+def test_a_dit_that_is_offloaded_as_a_whole_must_fit_the_device(
+    tiny_checkpoint: Path, gpu: dict[str, int], vae_device: str
+) -> None:
+    """The VAE, which comes in turns with it, need not fit beside it."""
+    settings = whole_offloaded(tiny_checkpoint, vae_device=vae_device)
+    gpu["cuda"] = weight_bytes(tiny_checkpoint / "transformer", 2)
+    require_room(tiny_checkpoint, settings, CUDA)
+    gpu["cuda"] -= 1
+    with pytest.raises(
+        UnusableModel, match=r"^the DiT of .* 'cuda' has only .* free: .* set optimization.offload_mode to 'group', or"
+    ):
+        require_room(tiny_checkpoint, settings, CUDA)
+    gpu["cuda"] = weight_bytes(tiny_checkpoint / "vae", 2)
+    require_room(tiny_checkpoint, settings.model_copy(update={"offload_mode": OffloadMode.GROUP}), CUDA)
+
+
+def test_so_must_a_vae_that_is_larger(
+    tiny_checkpoint: Path, gpu: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"transformer": 1000, "vae": 2000}
+    monkeypatch.setattr("services.diffusion.memory.part_bytes", lambda folder, _: sizes[folder.name])
+    gpu["cuda"] = 1999
+    with pytest.raises(UnusableModel, match=r"^the VAE of .* 'cuda'"):
+        require_room(tiny_checkpoint, whole_offloaded(tiny_checkpoint, vae_device="cuda"), CUDA)
+
+
+def test_what_comes_in_turns_needs_main_memory_together(tiny_checkpoint: Path, gpu: dict[str, int]) -> None:
+    gpu["cpu"] = sum(weight_bytes(tiny_checkpoint / part, 2) for part in ("transformer", "vae"))
+    settings = whole_offloaded(tiny_checkpoint, vae_device="cuda")
+    require_room(tiny_checkpoint, settings, CUDA)
+    gpu["cpu"] -= 1
+    with pytest.raises(UnusableModel, match=r"^the DiT and the VAE of .* 'cpu'"):
+        require_room(tiny_checkpoint, settings, CUDA)
 
 
 def test_this_machines_memory_is_known_or_not_but_never_negative() -> None:

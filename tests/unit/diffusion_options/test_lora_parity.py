@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from drawing import draw, draw_by_pipeline, load, load_pipeline, same_weights, weights
-from lora_files import LAYERS, write_diffusers, write_kohya, write_original
+from lora_files import LAYERS, RANK, with_settings, write_diffusers, write_kohya, write_original
 
 FORMATS = {"diffusers": write_diffusers, "kohya": write_kohya, "original": write_original}
 
@@ -41,6 +41,26 @@ def test_each_format_as_diffusers_fuses_it(
     model = load(checkpoint, lora=[f"{path}:{scale}"])
     assert same_weights(weights(model._transformer), weights(pipeline.transformer))
     assert (draw(model) == draw_by_pipeline(pipeline)).all()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_rslora": True},
+        {"lora_alpha": 2, "alpha_pattern": {"to_q": 8, LAYERS[-1]: 1}},
+        {"r": 2, "rank_pattern": dict.fromkeys(LAYERS, RANK)},
+    ],
+    ids=str,
+)
+def test_settings_of_peft_as_diffusers_reads_them(
+    settings: dict[str, Any], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    plain = write_diffusers(tmp_path, load_pipeline(tiny_checkpoint, torch.float32).transformer)
+    path = with_settings(plain, tmp_path / "told.safetensors", **settings)
+    pipeline = fused_by_diffusers(tiny_checkpoint, torch.float32, (path, 0.8))
+    told, other = (load(tiny_checkpoint, lora=[f"{lora}:0.8"])._transformer for lora in (path, plain))
+    assert same_weights(weights(told), weights(pipeline.transformer))
+    assert same_weights(weights(told), weights(other)) == ("rank_pattern" in settings)
 
 
 @pytest.mark.parametrize("make", FORMATS.values(), ids=FORMATS)

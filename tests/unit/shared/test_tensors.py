@@ -10,10 +10,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.checkpoint import UnusableModel
+from shared.errors import OutOfMemory
 from shared.settings import Device, Dtype
-from shared.tensors import DTYPES, data_of, dtype_of, from_message, pick_device, to_chunks
+from shared.tensors import (
+    DTYPES,
+    data_of,
+    dtype_of,
+    free_memory,
+    from_message,
+    is_out_of_memory,
+    pick_device,
+    to_chunks,
+    within_memory,
+)
 from shared.wire import parse_header
 
+CPU, CUDA, MPS = map(torch.device, ("cpu", "cuda", "mps"))
+NO_ENGINE = RuntimeError("GET was unable to find an engine to execute this computation")
 FLOATS = [torch.bfloat16, torch.float32, torch.float16, torch.float64]
 
 
@@ -150,3 +163,82 @@ def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch, device: Dev
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(UnusableModel, match=f"the device '{device}' is asked for"):
         pick_device(device)
+
+
+def failing(error: BaseException) -> Callable[[], None]:
+    def work() -> None:
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 9.00 GB)"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    ],
+    ids=repr,
+)
+def test_an_allocation_that_fails_is_told_as_too_little_memory(error: Exception) -> None:
+    assert is_out_of_memory(error)
+    with pytest.raises(OutOfMemory, match="too little free memory for this text") as told:
+        within_memory(CPU, failing(error), what="text")
+    assert told.value.retry_after_s
+    assert told.value.__context__ is None
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUBLAS_STATUS_EXECUTION_FAILED"), ValueError("memory"), NO_ENGINE])
+def test_other_errors_stay_what_they_are(error: Exception) -> None:
+    assert not is_out_of_memory(error)
+    with pytest.raises(type(error)) as raised:
+        within_memory(CPU, failing(error), what="text")
+    assert raised.value is error
+
+
+@pytest.mark.parametrize(
+    ("free", "total", "full"),
+    [
+        ((1 << 30) - 1, 8 << 30, True),
+        (1 << 30, 8 << 30, False),
+        (4 << 30, 100 << 30, True),
+        (5 << 30, 100 << 30, False),
+        (None, 8 << 30, False),
+        (0, None, False),
+    ],
+)
+def test_cudnn_without_an_engine_is_short_of_memory_only_where_the_device_is_full(
+    monkeypatch: pytest.MonkeyPatch, free: int | None, total: int | None, *, full: bool
+) -> None:
+    """It says the same of what it cannot compute at all."""
+    monkeypatch.setattr("shared.tensors.free_memory", lambda _: free)
+    monkeypatch.setattr("shared.tensors.total_memory", lambda _: total)
+    with pytest.raises(OutOfMemory if full else RuntimeError, match="memory" if full else "unable to find"):
+        within_memory(CUDA, failing(NO_ENGINE), what="picture")
+    with pytest.raises(RuntimeError, match="shapes"):
+        within_memory(CUDA, failing(RuntimeError("shapes do not match")), what="picture")
+
+
+def test_on_a_mac_what_torch_keeps_for_its_next_tensors_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 10_000)
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 9_000)
+    monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: 4_000)
+    assert free_memory(MPS) == 6_000
+
+
+@pytest.mark.parametrize(("device", "emptied"), [(MPS, ["mps"]), (CUDA, ["cuda"]), (CPU, [])], ids=str)
+def test_a_device_that_is_full_gets_back_what_torch_kept(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device, emptied: list[str]
+) -> None:
+    calls: list[str] = []
+    for kind in ("cuda", "mps"):
+        monkeypatch.setattr(getattr(torch, kind), "empty_cache", lambda kind=kind: calls.append(kind))
+    assert within_memory(device, lambda: 5, what="picture") == 5
+    assert calls == []
+    with pytest.raises(OutOfMemory):
+        within_memory(device, failing(torch.OutOfMemoryError("out of memory")), what="picture")
+    assert calls == emptied
