@@ -87,6 +87,11 @@ def named_things(batch: Noisy) -> Tensor:
 
 def over_things(values: Tensor, things: Tensor) -> Tensor:
     """The mean over each thing of `values` `[n, channels, height, width]` wherever the thing is, 0 elsewhere."""
+    return torch.einsum("ntc,nthw->nchw", means_over(values, things), things.to(values))
+
+
+def means_over(values: Tensor, things: Tensor) -> Tensor:
+    """The mean over each thing, bool `[n, things, height, width]`, of `values` `[n, channels, height, width]`: `[n,
+    things, channels]`, 0 for a thing that is nowhere."""
     masks = things.to(values)
-    means = torch.einsum("nthw,nchw->ntc", masks, values) / masks.sum((2, 3)).clamp(min=1)[..., None]
-    return torch.einsum("ntc,nthw->nchw", means, masks)
+    return torch.einsum("nthw,nchw->ntc", masks, values) / masks.sum((2, 3)).clamp(min=1)[..., None]

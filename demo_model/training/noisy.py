@@ -4,7 +4,7 @@ import random
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ from demo_model.training.joint import (
     reference_states,
     token_rows,
 )
-from demo_model.training.latents import Example
+from demo_model.training.latents import Example, blended_example, random_example
 from demo_model.training.text import HIDDEN_LAYER, TextBatches
+from demo_model.training.vae import LATENT_CHANNELS
 from demo_model.world import Scene
 
 IMAGES = {(128, 128): 32, (256, 256): 10}
@@ -34,6 +35,7 @@ IMAGES_OTHERS = 14
 SMALLEST, LARGER = 0.15, 0.93  # the batches up to these shares are of 128x128 and of 256x256; other sizes fill the rest
 BLENDED_SHARE = {(128, 128): 0.35, (256, 256): 0.3}  # of the batches of a size that show blended texts
 COMPILED = 32  # forwards: two sizes, two lengths of prompts, several models with gradients or without
+REMEMBERED = 8192  # references whose states are kept: those of the pools
 SEEN = 0.7  # share of the references that are seen; the rest are read
 WITHOUT_TURN = 0.5  # share of those that are seen without the tokens of the user's turn around the picture
 PURE_NOISE = 0.2  # share of the examples at sigma 1
@@ -42,6 +44,8 @@ SIGMA_CENTER, SIGMA_SPREAD = 0.8, 1.1  # of the logistic normal that the others'
 See = Callable[[Scene], tuple[Tensor, Tensor] | None]
 """Hidden states of a picture of a scene, `[tokens, width]`, and those of the picture's own tokens; None for scenes that
 are read instead."""
+Take = Callable[..., tuple[list[Example], Tensor]]
+"""As `Pools.take`."""
 Shown = tuple[Tensor, list[Tensor]]
 """What `predict_and_show` answers."""
 
@@ -58,9 +62,11 @@ class Kind:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Noisy:
     """A batch of one size: `latents` and `noise` `[n, 16, height, width]`, mixed at `sigma` `[n]`, and the prompts'
-    hidden states `[n, tokens, width]`, of which those are filling that are not `said` (bool `[n, tokens]`).
+    hidden states `[n, tokens, width]`, of which those are filling that are not `said` (bool `[n, tokens]`). Latents are
+    0 where pictures are yet to be drawn.
 
-    `without_turn` are the same states where of a seen reference the picture's own tokens alone are blended in."""
+    `without_turn` are the same states where of a seen reference the picture's own tokens alone are blended in, `text`
+    those of the prompts alone."""
 
     examples: list[Example]
     latents: Tensor
@@ -68,6 +74,7 @@ class Noisy:
     sigma: Tensor
     states: Tensor
     without_turn: Tensor
+    text: Tensor
     said: Tensor
 
     @property
@@ -93,16 +100,25 @@ class NoisyBatches:
     Of the references of blends some are what `see` makes of their pictures, the others their words.
     """
 
-    def __init__(
-        self, learnt: Learnt, batches: TextBatches, see: Vision, latents: Path, device: torch.device, *, seed: int
+    def __init__(  # noqa: PLR0913 - what batches are made of, by name
+        self,
+        learnt: Learnt,
+        batches: TextBatches,
+        see: Vision,
+        latents: Path,
+        device: torch.device,
+        *,
+        seed: int,
+        seen_share: float = SEEN,
     ) -> None:
         self._learnt = learnt
         self._batches = batches
         self._pools = Pools(learnt.vae, latents)
         self._device = device
         self._seed = seed
+        self._seen_share = seen_share
 
-        @cache
+        @lru_cache(REMEMBERED)
         def seen(reference: Scene, *, image_tokens_only: bool) -> Tensor:
             picture = render(reference, width=256, height=256)
             return see.states(picture, image_tokens_only=image_tokens_only).bfloat16()
@@ -114,17 +130,17 @@ class NoisyBatches:
         rng = random.Random(self._seed + step)
         size = _random_size(rng)
         blended = rng.random() < BLENDED_SHARE.get(size, 0.0)
-        return self._batch(step, rng, Kind(size=size, blended=blended and may_blend))
+        return self._batch(step, rng, Kind(size=size, blended=blended and may_blend), self._pools.take)
 
-    def of_kind(self, step: int, kind: Kind) -> Noisy:
-        """The batch of a step, of one kind."""
-        return self._batch(step, random.Random(self._seed + step), kind)
+    def to_draw(self, step: int, kind: Kind) -> Noisy:
+        """The batch of a step, of one kind and with pictures that are yet to be drawn: its examples are of no pool."""
+        return self._batch(step, random.Random(self._seed + step), kind, undrawn)
 
     @torch.no_grad()
-    def _batch(self, step: int, rng: random.Random, kind: Kind) -> Noisy:
-        rows, examples, latents = _batch(self._pools, self._batches, rng, kind)
+    def _batch(self, step: int, rng: random.Random, kind: Kind, take: Take) -> Noisy:
+        rows, examples, latents = _batch(take, self._batches, rng, kind)
         count = len(rows)
-        states, without_turn, said = _read(
+        states, without_turn, text, said = _read(
             self._learnt,
             self._batches,
             rows,
@@ -140,11 +156,12 @@ class NoisyBatches:
             sigma=sigma.to(self._device),
             states=states,
             without_turn=without_turn,
+            text=text,
             said=said,
         )
 
     def _see(self, reference: Scene, rng: random.Random) -> tuple[Tensor, Tensor] | None:
-        if rng.random() >= SEEN:
+        if rng.random() >= self._seen_share:
             return None
         picture = self._seen(reference, image_tokens_only=True)
         return picture if rng.random() < WITHOUT_TURN else self._seen(reference, image_tokens_only=False), picture
@@ -152,7 +169,7 @@ class NoisyBatches:
     @torch.no_grad()
     def nothing(self) -> tuple[Tensor, Tensor]:
         """The states of the empty prompt and what of them is said, as a batch of one."""
-        states, _, said = _read(self._learnt, self._batches, [self._batches.prompt_ids("")], [], lambda _: None)
+        states, _, _, said = _read(self._learnt, self._batches, [self._batches.prompt_ids("")], [], lambda _: None)
         return states, said
 
 
@@ -175,6 +192,12 @@ class Draw:
         return forward(dit, mixed, 1 - sigma, states, said)
 
 
+def undrawn(rng: random.Random, size: tuple[int, int], count: int, *, blended: bool) -> tuple[list[Example], Tensor]:
+    """Examples as the pools have them, without a picture: their latents are 0."""
+    latents = torch.zeros(count, LATENT_CHANNELS, size[1] // 8, size[0] // 8)
+    return [blended_example(rng) if blended else random_example(rng) for _ in range(count)], latents
+
+
 def _random_size(rng: random.Random) -> tuple[int, int]:
     kind = rng.random()
     if kind < SMALLEST:
@@ -183,7 +206,7 @@ def _random_size(rng: random.Random) -> tuple[int, int]:
 
 
 def _batch(
-    pools: Pools, batches: TextBatches, rng: random.Random, kind: Kind
+    take: Take, batches: TextBatches, rng: random.Random, kind: Kind
 ) -> tuple[list[list[int]], list[Example], Tensor]:
     """Prompts as tokens, their examples and the latents: prompts that fill up to one length, so that little is filled.
 
@@ -193,7 +216,7 @@ def _batch(
     chosen: list[tuple[Example, Tensor]] = []
     count = IMAGES.get(kind.size, IMAGES_OTHERS)
     while len(chosen) < count:
-        examples, latents = pools.take(rng, kind.size, 2 * count, blended=kind.blended)
+        examples, latents = take(rng, kind.size, 2 * count, blended=kind.blended)
         for example, latent in zip(examples, latents, strict=True):
             if not kind.wanted(example):
                 continue
@@ -211,8 +234,9 @@ def _filled(length: int) -> int:
 
 def _read(
     learnt: Learnt, batches: TextBatches, rows: list[list[int]], examples: Sequence[Example], see: See
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states of the prompts `[n, tokens, width]`, the same without the turns of references, and which are said.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states of the prompts `[n, tokens, width]`, the same without the turns of references and without
+    references at all, and which are said.
 
     A reference is what `see` answers for it, or else its words.
     """
@@ -227,7 +251,7 @@ def _read(
     blended, without_turn = (
         blended_states(states, rows, [seen[way] for seen in pulled_to], examples) for way in range(2)
     )
-    return blended, without_turn, said[: len(rows)].to(states.device)
+    return blended, without_turn, states[: len(rows)], said[: len(rows)].to(states.device)
 
 
 def _sigmas(rng: random.Random, count: int) -> Tensor:

@@ -20,6 +20,7 @@ from demo_model.render import Tint, render
 from demo_model.training.loop import Losses, Schedule, run_stage
 from demo_model.world import Colour, Scene, is_held_out, random_scene
 
+LATENT_CHANNELS = 16
 SCHEDULE = Schedule(steps=6000, learning_rate=2e-3, weight_decay=0.0)
 PLAIN, MIXED = 10, 8
 """Crops of a batch: of pictures, and of three pictures in the same place, the third mixed of the other two."""
@@ -36,7 +37,7 @@ def new_vae() -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(24, 48, 64, 64),
         layers_per_block=1,
-        latent_channels=16,
+        latent_channels=LATENT_CHANNELS,
         norm_num_groups=8,
         mid_block_add_attention=False,
         use_quant_conv=False,

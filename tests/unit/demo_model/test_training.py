@@ -15,6 +15,7 @@ from torch import nn
 from demo_model import captions
 from demo_model.captions import EVERYTHING, Said
 from demo_model.training import facts
+from demo_model.training.correcting import BLEND, LARGE, SMALL
 from demo_model.training.dit import DIM, new_dit, predict, use_real_rotation
 from demo_model.training.guidance import GUIDANCE, Guided, named_things, over_things
 from demo_model.training.joint import SIZES, Learnt, around_things, balance, blended_states, reference_states
@@ -150,6 +151,7 @@ def test_guidance_is_learnt_from_what_prompt_and_nothing_give(tokenizer: Tokeniz
         sigma=torch.tensor([1.0, 0.5]),
         states=states.expand(2, -1, -1),
         without_turn=states.expand(2, -1, -1),
+        text=states.expand(2, -1, -1),
         said=said.expand(2, -1),
     )
     goal = Guided(dit, (nothing, of_nothing), Draw())(batch)
@@ -192,6 +194,7 @@ def test_the_mean_over_a_thing_is_told_apart_from_the_rest() -> None:
         sigma=torch.ones(3),
         states=torch.zeros(3, 32, 8),
         without_turn=torch.zeros(3, 32, 8),
+        text=torch.zeros(3, 32, 8),
         said=torch.ones(3, 32, dtype=torch.bool),
     )
     assert not batch.blended
@@ -217,14 +220,21 @@ def test_batches_of_a_step_are_always_the_same(
     monkeypatch.setattr("demo_model.training.joint.SIZES", SIZES[:2])
     monkeypatch.setattr("demo_model.training.noisy.SIZES", (*SIZES[:2], SIZES[1]))
     monkeypatch.setattr("demo_model.training.noisy.IMAGES", dict.fromkeys(SIZES[:2], 4))
-    monkeypatch.setattr("demo_model.training.noisy.SEEN", 0.0)
-    noisy = NoisyBatches(learnt, texts, cast("Any", None), tmp_path, torch.device("cpu"), seed=1)
+    noisy = NoisyBatches(learnt, texts, cast("Any", None), tmp_path, torch.device("cpu"), seed=1, seen_share=0.0)
     for step in range(4):
         one, other = noisy.of_step(step), noisy.of_step(step)
         assert one.examples == other.examples
         assert len(one.examples) == len(one.latents) == len(one.states) == len(one.said) == len(one.sigma)
         torch.testing.assert_close((one.mixed, one.states, one.said), (other.mixed, other.states, other.said))
         assert torch.equal(one.mixed[one.sigma == 1], one.noise[one.sigma == 1])
+    for kind in (LARGE, SMALL, BLEND):
+        one, other = noisy.to_draw(0, kind), noisy.to_draw(0, kind)
+        assert one.examples == other.examples != noisy.to_draw(1, kind).examples
+        assert all(map(kind.wanted, one.examples))
+        assert one.blended is kind.blended
+        assert not one.latents.any()
+        torch.testing.assert_close((one.noise, one.states), (other.noise, other.states))
+        assert torch.equal(one.text, one.states) is not kind.blended
     states, said = noisy.nothing()
     assert states.shape[:2] == said.shape == (1, 32)
     assert said.sum() == len(texts.prompt_ids(""))
