@@ -82,10 +82,10 @@ def test_it_draws_what_it_is_told(
 
 
 def test_two_things_and_another_size(client: httpx2.Client) -> None:
-    prompt = "a red square on the left and a yellow circle on the right, on a gray background"
+    prompt = "a red square on the left and a blue circle on the right, on a white background"
     seen = judge(draw(client, prompt, width=320, height=256))
     found = {(thing.colour, thing.shape, thing.place) for thing in seen.things}
-    assert found == {(Colour.RED, Shape.SQUARE, Place.LEFT), (Colour.YELLOW, Shape.CIRCLE, Place.RIGHT)}
+    assert found == {(Colour.RED, Shape.SQUARE, Place.LEFT), (Colour.BLUE, Shape.CIRCLE, Place.RIGHT)}
 
 
 def test_words_that_it_does_not_know_give_a_clean_picture(client: httpx2.Client) -> None:
