@@ -40,7 +40,7 @@ from demo_model.training.reading import shown_things
 from demo_model.training.text import TextBatches
 from demo_model.world import RADIUS, Colour, Scene, Thing
 
-SCHEDULE = Schedule(steps=1_050, learning_rate=2.5e-4)
+SCHEDULE = Schedule(steps=2_000, learning_rate=2.5e-4)
 STEPS = 9  # of a drawing, the last of them at sigma 0, where nothing is left to do
 WAY = STEPS - 1  # those that do something
 SEEN_SHARE = 0.9  # of the references, as a server sees all

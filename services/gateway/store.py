@@ -177,12 +177,10 @@ class History:
                 await asyncio.sleep(ADD_PAUSE_S)
 
     async def _read(self, ids: Sequence[int], images: str) -> list[Row]:
-        pictures: Sequence[Any] = [None] * len(ids)
+        kinds = ["entry"] if images == "none" else ["entry", "image" if images == "full" else "thumb"]
         async with _told():
-            texts = await self._redis.mget([f"{PREFIX}entry:{number}" for number in ids])
-            if images != "none":
-                kind = "image" if images == "full" else "thumb"
-                pictures = await self._redis.mget([f"{PREFIX}{kind}:{number}" for number in ids])
+            found: list[Any] = await self._redis.mget([f"{PREFIX}{kind}:{number}" for kind in kinds for number in ids])
+        texts, pictures = found[: len(ids)], found[len(ids) :] or [None] * len(ids)
         return [
             ({"id": number, **json.loads(text)}, picture)
             for number, text, picture in zip(ids, texts, pictures, strict=True)
