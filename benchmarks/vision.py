@@ -22,7 +22,7 @@ from services.vl.settings import VlSettings
 
 NAME = "vision"
 PICTURES, QUICK_PICTURES = 12, 2
-EXTRACTIONS, QUICK_EXTRACTIONS = 12, 2
+EXTRACTIONS, QUICK_EXTRACTIONS = 48, 2
 SIDE = 512
 PICTURE_AIM, EXTRACTION_AIM = 1.03, 1.1
 BODY: dict[str, Any] = {"prompt": "A cat sleeping in the sun " * 3, "width": SIDE, "height": SIDE, "steps": 9}

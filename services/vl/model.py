@@ -19,6 +19,7 @@ from torch import nn
 from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from services.vl.patches import in_rows
 from services.vl.settings import VlSettings
 from services.vl.tokens import ASSISTANT, ENDS, Layout
 from services.vl.writing import Writing
@@ -152,7 +153,10 @@ class VisionModel:
             self._folder, dtype=self._dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
         require_every_weight(self._folder, set(loading["missing_keys"]) - {HEAD})
-        return weights.to(self._device).eval().requires_grad_(requires_grad=False)
+        weights = weights.to(self._device).eval().requires_grad_(requires_grad=False)
+        tower = weights.model.visual
+        tower.patch_embed = in_rows(tower.patch_embed)
+        return weights
 
     def unload(self) -> None:
         """Frees the weights."""

@@ -20,7 +20,7 @@ from shared.checkpoint import UnusableModel
 from shared.errors import InvalidField, NumericalError
 from shared.language.options import Sampling
 
-SIZES = [(256, 256), (96, 64), (33, 500), (1200, 900)]
+SIZES = [(256, 256), (96, 64), (33, 500), (640, 416), (1200, 900)]
 
 
 def layout(count: int, text: str = "") -> str:
@@ -66,7 +66,7 @@ def test_a_square_picture_of_256_pixels_has_64_tokens(vision_model: VisionModel)
 
 
 @pytest.mark.parametrize("layer", range(-6, 0))
-@pytest.mark.parametrize("size", SIZES[:3])
+@pytest.mark.parametrize("size", SIZES[:4])
 def test_hidden_states_equal_transformers_own(
     vision_model: VisionModel, theirs: Any, layer: int, size: tuple[int, int]
 ) -> None:
