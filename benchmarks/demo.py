@@ -8,7 +8,7 @@ from shared.settings import BUNDLED_MODEL
 
 NAME = "demo"
 SIZE_PX, STEPS = 256, 9
-PAIRS, QUICK_PAIRS = 15, 2
+PAIRS, QUICK_PAIRS = 40, 2
 AIM = 1.10
 
 
