@@ -117,7 +117,8 @@ def key_of(settings: DiffusionSettings) -> str:
 
 
 def _profiled(work: Callable[[], object]) -> int:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
         work()
     kept = highest = 0
     recorded = profiler.profiler.kineto_results.events()  # the only place that has each allocation
