@@ -4,13 +4,18 @@ machine reaches."""
 import ipaddress
 import json
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any
 
-from pydantic import AnyHttpUrl, BeforeValidator, Field, UrlConstraints
+from pydantic import AfterValidator, AnyHttpUrl, BeforeValidator, Field, UrlConstraints
 from pydantic_core import PydanticCustomError
 from pydantic_settings import NoDecode
 
 MAX_URLS = 64
+ANY_HOST, MAX_PATTERNS = "*", 64
+NAMES_OF_NETWORKS = ("localhost", "local", "internal", "home.arpa")
+"""What names end with that nobody can register: they lead where this machine's own network says."""
+_HOST_PATTERN = re.compile(r"\*|(\*\.)?[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63}){0,30}")
 _PASSWORD = re.compile(r"(://[^\s,:@/]*):[^\s,'\"]*@")
 
 
@@ -35,9 +40,24 @@ def _split_urls(value: Any) -> Any:
     return list(dict.fromkeys(urls))
 
 
+def _host_pattern(text: str) -> str:
+    if not _HOST_PATTERN.fullmatch(text):
+        raise PydanticCustomError("zimage_host", "this is no name of a host: write example.com, *.example.com or *")
+    return text.lower()
+
+
 ServiceUrl = Annotated[AnyHttpUrl, UrlConstraints(allowed_schemes=["http", "https"])]
 ServiceUrls = Annotated[tuple[ServiceUrl, ...], NoDecode, BeforeValidator(_split_urls), Field(max_length=MAX_URLS)]
 """Base URLs of the nodes of a service: a list, or a text with commas between them."""
+
+
+HostPatterns = Annotated[
+    tuple[Annotated[str, AfterValidator(_host_pattern)], ...],
+    NoDecode,
+    BeforeValidator(split_list),
+    Field(max_length=64),
+]
+"""Names of hosts: a list, or a text with commas between them; `*.example.com` is all within a domain, `*` is all."""
 
 
 def without_passwords(text: str) -> str:
@@ -56,3 +76,29 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def host_name(authority: str) -> str:
+    """The host of a `Host` header, in small letters: without the port, the dot at its end and an address's brackets."""
+    name = authority.strip().lower()
+    if name.startswith("["):
+        return name[1:].partition("]")[0]
+    return name.partition(":")[0].removesuffix(".")
+
+
+def is_known_host(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a host's name is one of the patterns, or one that no stranger can make lead here: an address, a name
+    without a dot, or one of this machine's own network."""
+    if "." not in name or name.endswith(tuple(f".{end}" for end in NAMES_OF_NETWORKS)) or _is_address(name):
+        return True
+    return any(
+        pattern in (ANY_HOST, name) or (pattern.startswith("*.") and name.endswith(pattern[1:])) for pattern in patterns
+    )
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True

@@ -97,6 +97,14 @@ class QueueFull(ServiceError):
     title = "The queue is full"
 
 
+class WrongHost(ServiceError):
+    """The request names a host that this server is not known by."""
+
+    status = 421
+    code = "wrong_host"
+    title = "The request is meant for another host"
+
+
 class HeadersTooLarge(ServiceError):
     """The request's headers are larger than a service reads."""
 

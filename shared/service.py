@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from fastapi import APIRouter, FastAPI
 
 from shared.bodies import BodyLimits, CountedBodies
-from shared.guard import Guard
+from shared.guard import Guard, KnownHosts
 from shared.health import Metrics, Readiness, health_router
 from shared.problems import install_handlers
 from shared.requests import RequestContext
@@ -30,10 +30,12 @@ def create_service(  # noqa: PLR0913 - the parts of an app, by their names
     metrics: Metrics,
     max_body_bytes: int | BodyLimits,
     token: str | None = None,
+    hosts: Sequence[str] | None = None,
 ) -> FastAPI:
     """An app with request ids, limits, problems, health and metrics around the given routers.
 
-    With `token` all but the health checks ask it of their callers.
+    With `token` all but the health checks ask it of their callers; with `hosts` requests must name one of these, or a
+    host that no stranger can make lead here.
     """
     app = FastAPI(
         title=f"Z-Image {metrics.service}",
@@ -48,6 +50,8 @@ def create_service(  # noqa: PLR0913 - the parts of an app, by their names
     app.add_middleware(CountedBodies, limits=limits)
     if token is not None:
         app.add_middleware(Guard, token=token)
+    if hosts is not None:
+        app.add_middleware(KnownHosts, patterns=hosts)
     app.add_middleware(RequestContext, metrics=metrics, limits=limits)
     install_handlers(app)
     app.include_router(health_router(metrics, readiness))

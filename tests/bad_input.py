@@ -242,6 +242,11 @@ def bodies_and_headers() -> Iterator[Bad]:
             for kind in ("text/plain", "application/x-www-form-urlencoded", "application/jsonx", ""):
                 headers, what = {"content-type": kind}, f"content type {kind!r}"
                 yield Bad(what=what, place=place, path=path, content=b"{}", headers=headers, statuses=(415,))
+            strange = {**JSON, "host": "rebound.example.com:7860"}
+            if place == GATEWAY:
+                yield Bad(
+                    what="a stranger's host", place=place, path=path, content=b"{}", headers=strange, statuses=(421,)
+                )
             large = {**JSON, **LARGE_HEADER}
             yield Bad(what="1 MB of headers", place=place, path=path, content=b"{}", headers=large, statuses=(431,))
     yield tensors("parameters that are no JSON", message("{", text=states()), statuses=(400,))

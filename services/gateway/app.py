@@ -82,6 +82,7 @@ def create_app(
         readiness=watch.unready_reason,
         metrics=metrics,
         max_body_bytes=_body_limits(settings),
+        hosts=settings.hosts,
     )
 
 

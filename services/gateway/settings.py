@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, model_validator
 from pydantic_core import PydanticCustomError
 
-from shared.addresses import ServiceUrls
+from shared.addresses import ANY_HOST, HostPatterns, ServiceUrls, is_loopback
 from shared.schemas.fields import (
     MAX_TIMEOUT_S,
     Alpha,
@@ -48,6 +48,12 @@ class GatewaySettings(UpstreamSettings, DataSettings, VisionSettings):
 
     host: str = setting("127.0.0.1", key="server.host", panel="Server", description="Server host.")
     port: int = setting(7860, key="server.port", panel="Server", ge=0, le=65535, description="Server port.")
+    allowed_hosts: HostPatterns = setting(
+        (),
+        key="server.allowed_hosts",
+        description="names of hosts that requests may be for, such as *.example.com or *, beside addresses, localhost "
+        "and names of the own network; where none is given there is no other on a loopback address, else every name",
+    )
     encoder_only: bool = setting(
         default=False, key="server.encoder_only", panel="Server", description="Load only the encoder (no DiT/VAE)."
     )
@@ -188,6 +194,12 @@ class GatewaySettings(UpstreamSettings, DataSettings, VisionSettings):
     def address(self) -> tuple[str, int]:
         """Host and port to listen on."""
         return self.host, self.port
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """The patterns of `allowed_hosts`. Where none are given a server that other machines reach answers to every
+        name, as it is not known which of them are its own."""
+        return self.allowed_hosts or (() if is_loopback(self.host) else (ANY_HOST,))
 
     @model_validator(mode="after")
     def _api_encoder_has_a_url(self) -> Self:

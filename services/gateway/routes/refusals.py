@@ -20,21 +20,21 @@ from shared.errors import (
     Unready,
     UpstreamTimeout,
     WrongContentType,
+    WrongHost,
 )
 from shared.problems import responses
 
-BODY = (MalformedBody, UnknownName, BodyTooLarge, WrongContentType, InvalidField, HeadersTooLarge, InternalError)
+ALWAYS = (WrongHost, HeadersTooLarge, InternalError)
+BODY = (MalformedBody, UnknownName, BodyTooLarge, WrongContentType, InvalidField, *ALWAYS)
 UPSTREAM = (QueueFull, ClientGone, BadUpstream, Unready, Unreachable, UpstreamTimeout)
 
-LIST = responses(HeadersTooLarge, InternalError)
+LIST = responses(*ALWAYS)
 FORMAT = responses(*BODY, BadUpstream, Unready, Unreachable, UpstreamTimeout)
 ENCODE = responses(*BODY, *UPSTREAM, OutOfMemory)
 SAVE = responses(*BODY, *UPSTREAM, OutOfMemory, StorageFailed)
 GENERATE = responses(*BODY, Cancelled, *UPSTREAM, NumericalError, OutOfMemory, NotBegun, DeviceFailed)
-CANCEL = responses(
-    UnknownName, InvalidField, HeadersTooLarge, InternalError, BadUpstream, Unready, Unreachable, UpstreamTimeout
-)
-LORAS = responses(HeadersTooLarge, InternalError, BadUpstream, Unready, Unreachable, UpstreamTimeout)
+CANCEL = responses(UnknownName, InvalidField, *ALWAYS, BadUpstream, Unready, Unreachable, UpstreamTimeout)
+LORAS = responses(*ALWAYS, BadUpstream, Unready, Unreachable, UpstreamTimeout)
 VL_EXTRACT = responses(*BODY, *UPSTREAM, NumericalError, OutOfMemory, StorageFailed)
-VL_CACHE = responses(UnknownName, InvalidField, HeadersTooLarge, InternalError, Unready, Unreachable)
+VL_CACHE = responses(UnknownName, InvalidField, *ALWAYS, Unready, Unreachable)
 REWRITE = responses(*BODY, *UPSTREAM, NumericalError, OutOfMemory)

@@ -23,6 +23,7 @@ EXPECTED = {
     "WrongContentType": (415, "wrong_content_type"),
     "InvalidField": (422, "invalid_field"),
     "QueueFull": (429, "queue_full"),
+    "WrongHost": (421, "wrong_host"),
     "HeadersTooLarge": (431, "headers_too_large"),
     "ClientGone": (499, "client_gone"),
     "InternalError": (500, "internal_error"),
