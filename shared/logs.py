@@ -14,8 +14,9 @@ from structlog.typing import EventDict, Processor
 LogFormat = Literal["auto", "console", "json"]
 
 _QUIETER = ("httpcore2", "httpx2", "uvicorn.error", "urllib3")
-_SILENT = ("diffusers.quantizers.torchao", "torch.utils._pytree")
-"""While they are imported they warn of torchao, which is nobody's affair here; `adopt_loggers` would come too late."""
+_SILENT = ("diffusers.quantizers.torchao", "torch.utils._pytree", "torchao")
+"""While they are imported they warn of torchao and its kernels, which are nobody's affair here; `adopt_loggers` would
+come too late."""
 
 
 def configure_logs(service: str, *, log_format: LogFormat = "auto", debug: bool = False) -> None:

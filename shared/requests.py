@@ -33,7 +33,7 @@ MAX_HEADER_BYTES = 64 << 10
 BODY_TIMEOUT_S = 120.0  # a body that trickles in for longer counts as a client that went away
 REQUEST_ID = "X-Request-ID"
 _REQUEST_ID_FORM = re.compile(r"[A-Za-z0-9._-]{8,64}")
-_QUIET_PATHS = ("/health", "/metrics")
+_QUIET_PATHS = ("/health", "/metrics", "/v1/model")  # which gateways and monitoring ask every second
 _STOPPED = "The server stopped before the answer was ready."
 _UNKNOWN = "Something went wrong in the server; its log has the cause under this request id."
 

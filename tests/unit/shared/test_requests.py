@@ -477,7 +477,8 @@ def quiet_logs() -> Iterator[None]:
 async def test_a_request_is_logged_with_its_status(client: httpx2.AsyncClient) -> None:
     with structlog.testing.capture_logs() as logs:
         await client.get("/v1/full")
-        await client.get("/health/ready")
+        for often_asked in ("/health/ready", "/metrics", "/v1/model"):
+            await client.get(often_asked)
         await client.get("/v1/broken")
     requests = [(entry["path"], entry["status"]) for entry in logs if entry["event"] == "request"]
     assert requests == [("/v1/full", 429), ("/v1/broken", 500)]
