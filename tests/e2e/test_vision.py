@@ -17,7 +17,7 @@ from servers import Running, free_port, picture, png_size, run, serve, shared_fi
 
 pytestmark = pytest.mark.slow
 IMAGE = base64.b64encode(encoded()).decode()
-MALFORMED = 1_000
+MALFORMED, SENDERS = 1_000, 4
 GROWTH_BYTES = 50_000_000
 
 
@@ -202,7 +202,7 @@ def extractions(vl: httpx2.Client) -> int:
 
 
 def test_malformed_pictures_cost_nothing(seeing: Running, eyes: httpx2.Client) -> None:
-    """As JSON and as a form in turns, with what all processes together hold looked at on the way."""
+    """As JSON and as a form in turns, some at a time, with what all processes together hold looked at on the way."""
 
     def send(index: int, data: bytes) -> int:
         if index % 2:
@@ -212,14 +212,15 @@ def test_malformed_pictures_cost_nothing(seeing: Running, eyes: httpx2.Client) -
     def held() -> int:
         return sum(process.memory_info().rss for process in seeing.processes())
 
-    for index, data in enumerate(malformed(60, seed=1)):
-        send(index, data)
-    extracted(eyes, image=base64.b64encode(encoded(pixels(512, 512))).decode())
-    before, most, statuses = held(), 0, Counter[int]()
-    for index, data in enumerate(malformed(MALFORMED)):
-        statuses[send(index, data)] += 1
-        if index % 20 == 0:
-            most = max(most, held())
+    with ThreadPoolExecutor(SENDERS) as pool:
+        list(pool.map(send, *zip(*enumerate(malformed(60, seed=1)), strict=True)))
+        extracted(eyes, image=base64.b64encode(encoded(pixels(512, 512))).decode())
+        before, most, statuses = held(), 0, Counter[int]()
+        answers = pool.map(send, *zip(*enumerate(malformed(MALFORMED)), strict=True))
+        for index, status in enumerate(answers):
+            statuses[status] += 1
+            if index % 20 == 0:
+                most = max(most, held())
     assert set(statuses) <= {200, 413, 422}, statuses
     assert statuses[422] > MALFORMED * 0.7
     assert max(most, held()) - before < GROWTH_BYTES
