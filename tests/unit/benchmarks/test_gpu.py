@@ -68,6 +68,7 @@ def test_without_time_nothing_is_measured_but_all_is_told(tmp_path: Path) -> Non
     assert {option.name for option in OPTIONS} <= set(found["left_out"])
 
 
+@pytest.mark.slow
 def test_what_fails_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise ValueError("a kernel's own text\nand more of it")

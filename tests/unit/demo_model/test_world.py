@@ -27,6 +27,7 @@ def test_about_one_combination_in_eight_is_held_out_and_no_scene_mixes_them() ->
         assert {is_held_out(thing) for thing in scene.things} == {index % 2 == 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_the_judge_sees_what_was_drawn(size: tuple[int, int]) -> None:
     rng = random.Random(2)

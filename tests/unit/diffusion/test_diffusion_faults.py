@@ -126,6 +126,7 @@ async def test_who_leaves_while_others_are_decoded_is_not_decoded(
     assert model.decoded == [(1,), (100,), (102,)]
 
 
+@pytest.mark.slow
 async def test_a_picture_too_large_to_be_decoded_whole_is_decoded_in_tiles(model: WatchedModel) -> None:
     fields = {"seed": 1, "width": 768, "height": 768, "steps": 1}
     whole = drawn_by(model.inner, **fields)

@@ -58,6 +58,7 @@ class TestMeasured:
         assert 0.3 * model.footprint.decode(pictures * shape.pixels) < decode
         assert decode <= model.footprint.decode(pictures * shape.pixels)
 
+    @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore")
     def test_in_tiles_a_large_picture_takes_less(self, tiny_checkpoint: Path, tmp_path: Path) -> None:
         whole = load_zimage(settings(tiny_checkpoint, tmp_path))
@@ -89,6 +90,7 @@ class TestCalibration:
         assert again.footprint.decode(size) == int(MARGIN * measured.decode[size])
         assert again.footprint.decode(size) < model.footprint.decode(size)
 
+    @pytest.mark.slow
     def test_it_is_measured_as_configured_where_memory_is_short(self, tiny_checkpoint: Path, tmp_path: Path) -> None:
         """Else what was decoded in tiles for want of memory would be taken for what decoding it whole takes."""
         wanted = settings(tiny_checkpoint, tmp_path)

@@ -227,6 +227,7 @@ class TestKernels:
 class TestVae:
     """How the VAE decodes."""
 
+    @pytest.mark.slow
     def test_in_tiles_hardly_anything_changes(self, tiny_checkpoint: Path) -> None:
         whole, tiled = load(tiny_checkpoint), load(tiny_checkpoint, vae_tiling_pixels=0)
         small, large = parameters(), parameters(width=1024, height=640, steps=1)

@@ -200,6 +200,7 @@ async def test_a_template_is_applied(gateway: Any) -> None:
     assert "<think>\nMine.\n</think>" in text
 
 
+@pytest.mark.slow
 async def test_a_prompt_beyond_the_text_limit(gateway: Any) -> None:
     pictures = [
         pixels_of(await gateway.generate(prompt="sun " * 6_000, seed=1, steps=1, long_prompt_mode=mode))
@@ -336,6 +337,7 @@ def refuse_with(error: ServiceError) -> Callable[[httpx2.Request], httpx2.Respon
     return answer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("service", ["encoder", "diffusion"])
 @pytest.mark.parametrize(
     "kind", [kind for kind in BY_CODE.values() if kind is not Unauthorized], ids=lambda kind: kind.code

@@ -114,6 +114,7 @@ class TestEvents:
         name, problem = events_of(await generate(gateway, EVENTS))[-1]
         assert (name, problem["code"]) == ("error", "bad_upstream")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("event", [b"event: sing\ndata: {}", b"event: step\ndata: 7", b"event: done\ndata: {"])
     async def test_an_answer_that_makes_no_sense(self, gateway: Any, event: bytes) -> None:
         gateway.diffusion.instead = lambda _: httpx2.Response(
@@ -303,6 +304,7 @@ def refusing(error: ServiceError, times: int) -> Callable[[httpx2.Request], http
 class TestAServiceThatStartsAnew:
     """Pictures are sent again: those that had not been begun until time is up, those that had been twice."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("headers", [{}, EVENTS])
     async def test_what_was_not_begun_is_sent_again(self, gateway: Any, headers: dict[str, str]) -> None:
         gateway.diffusion.instead = refusing(NotBegun("The device failed."), 2)
@@ -316,6 +318,7 @@ class TestAServiceThatStartsAnew:
             gateway.diffusion.instead = refusing(NotBegun("The device failed."), 10_000)
             check_problem(await generate(gateway), 503, "not_begun")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("headers", [{}, EVENTS])
     async def test_what_was_begun_is_begun_again(self, gateway: Any, headers: dict[str, str]) -> None:
         undisturbed = await generate(gateway, seed=5)
@@ -329,6 +332,7 @@ class TestAServiceThatStartsAnew:
             assert answer.headers["x-seed"] == undisturbed.headers["x-seed"]
             assert np.array_equal(pixels_of(answer.content), pixels_of(undisturbed.content))
 
+    @pytest.mark.slow
     async def test_but_not_what_ends_one_service_after_the_other(self, gateway: Any) -> None:
         gateway.diffusion.instead = refusing(DeviceFailed("The device failed.", retry_after_s=5), 3)
         answer = await generate(gateway)

@@ -197,6 +197,7 @@ async def test_a_text_that_breaks_off_is_an_error(client: httpx2.AsyncClient, re
     assert (name, data["code"]) == ("error", "bad_upstream")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("headers", [{}, EVENTS], ids=["JSON", "events"])
 async def test_a_rewriter_that_answers_nonsense(
     client: httpx2.AsyncClient, rewriter: Instead, headers: dict[str, str]
@@ -270,6 +271,7 @@ def refuse_connection(_: httpx2.Request) -> httpx2.Response:
     raise httpx2.ConnectError("a library's own text")
 
 
+@pytest.mark.slow
 async def test_a_rewriter_that_goes_away_leaves_the_gateway_ready(
     client: httpx2.AsyncClient, rewriter: Instead, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -122,6 +122,7 @@ async def test_what_needs_redis_says_so(seeing: tuple[Gateway, Recorder]) -> Non
         assert (answer.status_code, answer.json()["detail"]) == (503, NO_CACHE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("body", [b"", b"garbage", b"\x10\0\0\0\0\0\0\0" + b"{}" + b" " * 14])
 async def test_garbage_of_the_service_is_a_bad_upstream(seeing: tuple[Gateway, Recorder], body: bytes) -> None:
     gateway, recorder = seeing
@@ -168,6 +169,7 @@ async def test_all_options_of_a_description_are_passed_on(seeing: tuple[Gateway,
         assert json.loads(sent) == {"prompt": "What is it?", "system_prompt": None, **options}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("headers", [{}, EVENTS], ids=["JSON", "events"])
 async def test_descriptions_that_are_refused(seeing: tuple[Gateway, Recorder], headers: dict[str, str]) -> None:
     gateway, recorder = seeing

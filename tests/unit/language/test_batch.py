@@ -58,6 +58,7 @@ def test_eight_different_prompts_together(language: LanguageModel, expected: lis
     assert write(language, [greedy(prompt_ids(language, prompt)) for prompt in PROMPTS]) == expected
 
 
+@pytest.mark.slow
 @given(
     order=st.permutations(range(len(PROMPTS))),
     joins_at=st.lists(st.integers(0, 60), min_size=8, max_size=8),

@@ -200,6 +200,7 @@ async def test_a_full_queue_refuses_and_who_gives_up_takes_no_place(language: La
         assert len({(await task)[0] for task in (first, waiting[1], again)}) == 1
 
 
+@pytest.mark.slow
 async def test_texts_wait_until_the_cache_has_room(language: LanguageModel, gate: Gate) -> None:
     limits = WritingLimits(max_running=8, max_waiting=8, max_cache_tokens=1_100)
     async with running(language, limits) as generations:

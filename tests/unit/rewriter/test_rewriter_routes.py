@@ -48,6 +48,7 @@ def joined(followed: Sequence[tuple[str, Any]], name: str) -> str:
     return "".join(data["text"] for event, data in followed if event == name)
 
 
+@pytest.mark.slow
 async def test_greedy_text_is_what_generate_writes(client: httpx2.AsyncClient, language: LanguageModel) -> None:
     """Alone, and eight different prompts at once."""
     bodies = [{**BODY, "prompt": prompt} for prompt in PROMPTS]

@@ -306,6 +306,7 @@ async def test_failures_of_the_connection(error: type[Exception]) -> None:
     assert "library" not in raised.value.detail
 
 
+@pytest.mark.slow
 async def test_a_service_with_all_it_takes_is_full_and_still_says_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """A probe that waited behind the work would make a node look away that only has much to do."""
     monkeypatch.setattr("shared.client._WORK", httpx2.Limits(max_connections=1))

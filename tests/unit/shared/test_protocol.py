@@ -203,6 +203,7 @@ async def test_an_answer_takes_its_time_though_the_next_head_is_late(url: str, m
         assert await connection.ended()
 
 
+@pytest.mark.slow
 async def test_nothing_is_written_into_an_answer_that_has_begun() -> None:
     async with served(streaming) as url, connected(url) as connection:
         await connection.send(GET + b"\r\n")
@@ -231,6 +232,7 @@ async def test_a_client_that_takes_nothing_of_its_answer_is_given_up(monkeypatch
             assert taken < len(FILLER) * LARGE_PIECES
 
 
+@pytest.mark.slow
 async def test_a_client_that_takes_its_answer_slowly_gets_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shared.protocol.UNREAD_TIMEOUT_S", 0.2)
     large = Large()

@@ -226,6 +226,7 @@ def test_the_encoder_s_quantization_needs_its_package(
     assert any(reason.startswith("torchao: not installed") for reason in told(capsys)["reasons"])
 
 
+@pytest.mark.slow
 def test_calibrating(
     command: Command, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

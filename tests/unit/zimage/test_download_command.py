@@ -90,6 +90,7 @@ def test_the_vision_model(tiny_checkpoint: Path, tmp_path: Path) -> None:
         assert files_of(folder) == files
 
 
+@pytest.mark.slow
 def test_a_broken_connection_goes_on_where_it_broke(hub: Hub, wanted: dict[str, bytes], tmp_path: Path) -> None:
     size = constants.DOWNLOAD_CHUNK_SIZE + 50_000  # what the library keeps are whole pieces of this size
     large = build_header([TensorMeta("weight", "U8", (size,))]) + os.urandom(size)
@@ -100,6 +101,7 @@ def test_a_broken_connection_goes_on_where_it_broke(hub: Hub, wanted: dict[str, 
     assert [asked for _, _, asked in hub.requests if asked] == [f"bytes={constants.DOWNLOAD_CHUNK_SIZE}-"]
 
 
+@pytest.mark.slow
 def test_a_second_run_fetches_what_the_first_did_not_finish(hub: Hub, wanted: dict[str, bytes], tmp_path: Path) -> None:
     hub.withheld = TRANSFORMER
     settings = hub_environment(hub.url, tmp_path)
@@ -146,6 +148,7 @@ def test_a_refusal_is_one_sentence(hub: Hub, tmp_path: Path, name: str) -> None:
     refused(download(hub.url, tmp_path), said, Z_IMAGE if "status" not in said else hub.url)
 
 
+@pytest.mark.slow
 def test_a_token_opens_a_gated_model(hub: Hub, wanted: dict[str, bytes], tmp_path: Path) -> None:
     hub.token = "hf_secret"
     refused(download(hub.url, tmp_path, HF_TOKEN="hf_wrong"), "is gated", "HF_TOKEN")  # noqa: S106 - of this test
