@@ -1,5 +1,5 @@
-"""Where services are: lists of base URLs as settings hold them, how they are shown, and which addresses only this
-machine reaches."""
+"""Where services are: lists of base URLs as settings hold them, how they are shown, which addresses only this machine
+reaches, and which names of hosts are a server's own."""
 
 import ipaddress
 import json
@@ -55,7 +55,7 @@ HostPatterns = Annotated[
     tuple[Annotated[str, AfterValidator(_host_pattern)], ...],
     NoDecode,
     BeforeValidator(split_list),
-    Field(max_length=64),
+    Field(max_length=MAX_PATTERNS),
 ]
 """Names of hosts: a list, or a text with commas between them; `*.example.com` is all within a domain, `*` is all."""
 
@@ -72,10 +72,8 @@ def without_version(url: str) -> str:
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches what listens on the address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    address = _address(host)
+    return host == "localhost" if address is None else address.is_loopback
 
 
 def host_name(authority: str) -> str:
@@ -89,16 +87,15 @@ def host_name(authority: str) -> str:
 def is_known_host(name: str, patterns: Sequence[str]) -> bool:
     """Whether a host's name is one of the patterns, or one that no stranger can make lead here: an address, a name
     without a dot, or one of this machine's own network."""
-    if "." not in name or name.endswith(tuple(f".{end}" for end in NAMES_OF_NETWORKS)) or _is_address(name):
+    if "." not in name or name.endswith(tuple(f".{end}" for end in NAMES_OF_NETWORKS)) or _address(name):
         return True
     return any(
         pattern in (ANY_HOST, name) or (pattern.startswith("*.") and name.endswith(pattern[1:])) for pattern in patterns
     )
 
 
-def _is_address(name: str) -> bool:
+def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
-        ipaddress.ip_address(name)
+        return ipaddress.ip_address(text)
     except ValueError:
-        return False
-    return True
+        return None

@@ -4,18 +4,38 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from typing import Any
 
 import httpx2
 import uvicorn
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from services.gateway.members import Probe
 from services.gateway.nodes import Nodes
 from shared.client import ServiceClient
+from shared.health import Metrics
 from shared.protocol import BoundedProtocol
+from shared.service import create_service
 
 PATIENCE_S = 60.0
+
+
+def bare_app(router: APIRouter, **options: Any) -> FastAPI:
+    """A service of these routes alone, always ready; `options` are those of `create_service`."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
+        yield {}
+
+    return create_service(
+        description="For tests.",
+        lifespan=lifespan,
+        routers=[router],
+        readiness=lambda: None,
+        metrics=Metrics("test"),
+        **{"max_body_bytes": 1000, **options},
+    )
 
 
 @asynccontextmanager

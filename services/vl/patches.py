@@ -15,7 +15,8 @@ NARROWEST = 64  # likewise
 
 
 class PatchesInRows(nn.Module):
-    """In place of a `Qwen3VLVisionPatchEmbed`, whose weights it shares: [patches, numbers] to [patches, width]."""
+    """In place of transformers' `Qwen3VLVisionPatchEmbed`, whose weights it shares: patches [patches, numbers] of any
+    float to [patches, width] in the weights' dtype."""
 
     def __init__(self, embed: Any) -> None:
         super().__init__()
@@ -30,7 +31,8 @@ class PatchesInRows(nn.Module):
 
 
 def in_rows(embed: Any) -> Any:
-    """`PatchesInRows` where that gives bit for bit the same, which is tried on this machine; else `embed` itself."""
+    """`PatchesInRows` around a `Qwen3VLVisionPatchEmbed` where that gives bit for bit the same, which is tried on this
+    machine with `FEWEST` patches; else, and on other devices than a CPU, `embed` itself."""
     weight = embed.proj.weight
     if weight.device.type != "cpu" or len(weight) < NARROWEST:
         return embed
@@ -40,7 +42,8 @@ def in_rows(embed: Any) -> Any:
 
 
 def embed_rows(patches: torch.Tensor, proj: nn.Conv3d) -> torch.Tensor:
-    """[patches, channels x time x rows x columns] to [patches, width], by convolutions over `ROW` patches each."""
+    """Patches [patches, channels x time x rows x columns] of any float to [patches, width] in the dtype of `proj`,
+    whose kernel is as large as a patch, by convolutions over `ROW` patches each; zeros fill the last row."""
     channels, *kernel = proj.weight.shape[1:]
     time, height, width = kernel
     count = len(patches)

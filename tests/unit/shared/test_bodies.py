@@ -3,20 +3,17 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
-from typing import Any
+from contextlib import contextmanager
 
 import httpx2
 import pytest
 import structlog
 from fastapi import APIRouter, FastAPI, Request
-from inprocess import client_of, eventually
+from inprocess import bare_app, client_of, eventually
 from starlette.datastructures import Headers
 
 from shared.bodies import BodyLimits, HeldBodies
 from shared.errors import BodyTooLarge
-from shared.health import Metrics
-from shared.service import create_service
 
 LIMITS = BodyLimits(usual=100, larger={"/pictures": 1000}, together=2500)
 
@@ -51,18 +48,7 @@ def app_of(holding: Holding, limits: BodyLimits = LIMITS) -> FastAPI:
                 raise ZeroDivisionError
         return len(body)
 
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
-        yield {}
-
-    return create_service(
-        description="For tests.",
-        lifespan=lifespan,
-        routers=[router],
-        readiness=lambda: None,
-        metrics=Metrics("bodies"),
-        max_body_bytes=limits,
-    )
+    return bare_app(router, max_body_bytes=limits)
 
 
 @pytest.fixture(autouse=True)

@@ -1,20 +1,17 @@
 """Requests for a host that the server is not known by: a page whose name was made to lead here must read nothing."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import structlog
 from fastapi import APIRouter, FastAPI
-from inprocess import client_of
+from inprocess import bare_app, client_of
 from pydantic import ValidationError
 
 from services.gateway.settings import GatewaySettings
 from shared.addresses import host_name, is_known_host
-from shared.health import Metrics
-from shared.service import create_service
 
 OWN = [
     "",
@@ -55,19 +52,7 @@ def make_app(hosts: tuple[str, ...] | None) -> FastAPI:
     async def work(body: dict[str, Any]) -> dict[str, Any]:
         return body
 
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
-        yield {}
-
-    return create_service(
-        description="For tests.",
-        lifespan=lifespan,
-        routers=[router],
-        readiness=lambda: None,
-        metrics=Metrics("test"),
-        max_body_bytes=1000,
-        hosts=hosts,
-    )
+    return bare_app(router, hosts=hosts)
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The token that services share: where it comes from, who must show it, and who refuses to serve without it."""
 
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import httpx2
 import pytest
 import structlog
 from fastapi import APIRouter, FastAPI
-from inprocess import client_of
+from inprocess import bare_app, client_of
 
 from services.diffusion.settings import DiffusionSettings
 from services.encoder.settings import EncoderSettings
@@ -19,8 +18,6 @@ from services.vl.settings import VlSettings
 from shared.addresses import is_loopback
 from shared.client import ServiceClient
 from shared.errors import BadUpstream
-from shared.health import Metrics
-from shared.service import create_service
 from shared.settings import InvalidSettings, NodeSettings, read_settings
 
 TOKEN = "a-token-of-32-characters-or-so-12"
@@ -40,19 +37,7 @@ def make_app(token: str | None) -> FastAPI:
     async def work(body: dict[str, Any]) -> dict[str, Any]:
         return body
 
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
-        yield {}
-
-    return create_service(
-        description="For tests.",
-        lifespan=lifespan,
-        routers=[router],
-        readiness=lambda: None,
-        metrics=Metrics("test"),
-        max_body_bytes=1000,
-        token=token,
-    )
+    return bare_app(router, token=token)
 
 
 @pytest.fixture
