@@ -21,7 +21,7 @@ from services.vl.model import VisionModel, load_vision_model
 from services.vl.settings import VlSettings
 
 NAME = "vision"
-PICTURES, QUICK_PICTURES = 12, 2
+PICTURES, QUICK_PICTURES = 40, 2
 EXTRACTIONS, QUICK_EXTRACTIONS = 48, 2
 SIDE = 512
 PICTURE_AIM, EXTRACTION_AIM = 1.03, 1.1
