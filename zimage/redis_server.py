@@ -1,30 +1,33 @@
 """The embedded Redis: a real Valkey server on a unix socket in the data directory, run as `python -m` this module.
 
 This process only guards the server: it ends it when its own standard input closes (the supervisor is gone) or on
-SIGTERM, and ends when the server does. A server that outlived its guard is found by its socket and adopted. Standard
-library only, so that it is small.
+SIGTERM, and ends when the server does. One guard of a folder runs its server, which it shows by a lock on a file; a
+second one (that of `zimage demo` beside `zimage serve`, say) leaves it alone and takes its place when it ends. A server
+that outlived its guard is found by its socket and adopted. Standard library only, so that it is small.
 """
 
 import ctypes
+import fcntl
 import hashlib
 import importlib.util
 import os
+import select
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 MAX_SOCKET_PATH_BYTES = 100  # the kernel's limit is 108 on Linux and 104 on macOS
 PROBE_TIMEOUT_S = 2.0
-ADOPTED_POLL_S = 0.2
+POLL_S = 0.2
 STOP_TIMEOUT_S = 20.0
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+STDIN = 0
 
 
 def socket_path(folder: Path) -> Path:
@@ -66,18 +69,28 @@ def run(folder: Path) -> int:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = socket_path(folder)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if answers(path):
-        return _guard_adopted(path)
-    path.unlink(missing_ok=True)
-    server = subprocess.Popen(  # noqa: S603 - our own binary and arguments
-        _command(binary, folder, path),
-        stdin=subprocess.DEVNULL,
-        preexec_fn=_die_with_parent,  # noqa: PLW1509 - no thread yet
-    )
-    signal.signal(signal.SIGTERM, lambda *_: server.terminate())
-    signal.signal(signal.SIGINT, lambda *_: server.terminate())
-    _when_supervisor_ends(server.terminate)
-    return server.wait()
+    with (folder / "redis.lock").open("wb") as lock:
+        stop = _Stop()
+        if not _locked(lock):
+            sys.stderr.write("another server of this data directory runs its Redis: using it too\n")
+            while not _locked(lock):
+                if stop.wait(POLL_S):
+                    return 0
+        if answers(path):
+            return _guard_adopted(path, stop)
+        path.unlink(missing_ok=True)
+        return _guard_own(_command(binary, folder, path), stop)
+
+
+def _locked(lock: IO[bytes]) -> bool:
+    """Whether we have the lock now, which ends with this process. Where files cannot be locked each one has it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        sys.stderr.write(f"a second server of this data directory would not be noticed: {error.strerror}\n")
+    return True
 
 
 def _command(binary: str, folder: Path, path: Path) -> list[str]:
@@ -95,24 +108,44 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _when_supervisor_ends(act: Callable[[], object]) -> None:
-    def watch() -> None:
-        while os.read(0, 1024):
-            pass
-        act()
+class _Stop:
+    """Tells when this process is to end: by SIGTERM or Ctrl-C, or by the end of the supervisor."""
 
-    if os.environ.get("ZIMAGE_LIFELINE"):
-        threading.Thread(target=watch, name="lifeline", daemon=True).start()
+    def __init__(self) -> None:
+        self._awake, wake = os.pipe()
+        os.set_blocking(wake, False)
+        signal.set_wakeup_fd(wake)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
+            signal.signal(number, lambda *_: None)  # its number is written to the pipe
+        self._watched = [self._awake]
+        if os.environ.get("ZIMAGE_LIFELINE"):
+            self._watched.append(STDIN)
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Whether it is to end, as soon as that is so. False when the time is up, or earlier when a child ends."""
+        ready, _, _ = select.select(self._watched, (), (), timeout_s)
+        if STDIN in ready and not os.read(STDIN, 1024):
+            return True
+        return self._awake in ready and any(number != signal.SIGCHLD for number in os.read(self._awake, 1024))
 
 
-def _guard_adopted(path: Path) -> int:
-    stopping = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stopping.set())
-    signal.signal(signal.SIGINT, lambda *_: stopping.set())
-    _when_supervisor_ends(stopping.set)
+def _guard_own(command: list[str], stop: _Stop) -> int:
+    server = subprocess.Popen(  # noqa: S603 - our own binary and arguments
+        command,
+        stdin=subprocess.DEVNULL,
+        preexec_fn=_die_with_parent,  # noqa: PLW1509 - no threads here
+    )
+    while server.poll() is None:
+        if stop.wait():
+            server.terminate()
+            break
+    return server.wait()
+
+
+def _guard_adopted(path: Path, stop: _Stop) -> int:
     sys.stderr.write("a Redis server of this data directory is running already: using it\n")
     while answers(path):
-        if stopping.wait(ADOPTED_POLL_S):
+        if stop.wait(POLL_S):
             return _shut_down(path)
     return 1  # it ended: the supervisor starts this module again, and with it a server of our own
 
@@ -124,7 +157,7 @@ def _shut_down(path: Path) -> int:
         client.sendall(b"SHUTDOWN\r\n")
     deadline = time.monotonic() + STOP_TIMEOUT_S
     while answers(path) and time.monotonic() < deadline:
-        time.sleep(ADOPTED_POLL_S)
+        time.sleep(POLL_S)
     return 0
 
 

@@ -169,15 +169,38 @@ def test_the_end_of_the_lifeline_ends_the_server(tmp_path: Path) -> None:
     assert not redis_server.answers(redis_server.socket_path(tmp_path))
 
 
-def test_a_running_server_of_the_folder_is_adopted(tmp_path: Path) -> None:
+async def test_a_second_guard_of_the_folder_shares_the_server_and_takes_the_firsts_place(tmp_path: Path) -> None:
+    path = redis_server.socket_path(tmp_path)
     first = start_redis(tmp_path)
+    with start_guard(tmp_path, stderr=subprocess.PIPE) as brief:
+        assert brief.stderr is not None
+        assert b"using it too" in brief.stderr.readline()
+        assert end(brief) == 0
+    assert redis_server.answers(path)  # as `zimage demo` beside `zimage serve` leaves it
     with start_guard(tmp_path, stderr=subprocess.PIPE) as second:
         assert second.stderr is not None
-        assert b"running already" in second.stderr.readline()
+        assert b"using it too" in second.stderr.readline()
+        async with History(f"unix://{path}", PLENTY) as history:
+            added = await history.add({"n": 1}, b"png", b"")
+            assert end(first) == 0
+            await eventually(lambda: redis_server.answers(path))
+            await eventually(lambda: history.is_here)
+            assert [(entry["id"], entry["n"]) for entry, _ in await rows(history)] == [(added, 1)]
         assert end(second) == 0
-    assert first.wait(30) == 0  # the adopting guard shut the server down
-    assert first.stdin is not None
-    first.stdin.close()
+    assert not redis_server.answers(path)
+
+
+def test_a_server_that_outlived_its_guard_is_adopted(tmp_path: Path) -> None:
+    path, binary = redis_server.socket_path(tmp_path), redis_server.find_binary()
+    assert binary is not None
+    command = [binary, "--port", "0", "--unixsocket", str(path), "--dir", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
+        wait_until(lambda: redis_server.answers(path), "the server answers")
+        with start_guard(tmp_path, stderr=subprocess.PIPE) as guard:
+            assert guard.stderr is not None
+            assert b"running already" in guard.stderr.readline()
+            assert end(guard) == 0
+        assert server.wait(30) == 0  # the guard shut it down
 
 
 def test_the_socket_is_the_owners_alone_and_its_path_never_too_long(tmp_path: Path) -> None:
