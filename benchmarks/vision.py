@@ -21,7 +21,8 @@ from benchmarks.processes import serve
 from benchmarks.results import Figure, Findings, median_ratio
 from benchmarks.setting import Setting
 from services.vl.images import read_picture
-from services.vl.model import VisionModel, load_vision_model
+from services.vl.loading import load_vision_model
+from services.vl.model import VisionModel
 from services.vl.settings import VlSettings
 
 NAME = "vision"

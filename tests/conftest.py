@@ -50,7 +50,7 @@ def text_encoder(tiny_checkpoint: Path) -> Any:
 @pytest.fixture(scope="session")
 def vision_model(tiny_vision_checkpoint: Path) -> Any:
     """The tiny checkpoint's `VisionModel`, whose weights are loaded on demand."""
-    from services.vl.model import load_vision_model
+    from services.vl.loading import load_vision_model
     from services.vl.settings import VlSettings
 
     return load_vision_model(VlSettings(vl_model_path=tiny_vision_checkpoint))

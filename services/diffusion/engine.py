@@ -10,8 +10,9 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from services.diffusion.jobs import Drawn, News, Picture, PictureJob, PictureRequest, Sketch, StepDone, Waits
-from services.diffusion.model import ModelFacts, ZImageModel
+from services.diffusion.model import ZImageModel
 from services.diffusion.order import Limits
+from services.diffusion.parts import ModelFacts
 from services.diffusion.png import encode_png, encode_preview, encode_thumbnail
 from services.diffusion.shapes import Lora, Shape, ShelfLora, shape_of
 from services.diffusion.stepping import StepScheduler

@@ -15,7 +15,7 @@ from services.diffusion.calibration import footprint_of, read_measured
 from services.diffusion.cores import Cores
 from services.diffusion.loras import check_file, fuse_loras
 from services.diffusion.memory import is_offloaded, require_room, resident_bytes, weights_dtype
-from services.diffusion.model import ModelFacts, Parts, ZImageModel
+from services.diffusion.model import ZImageModel
 from services.diffusion.optimization import (
     cache_blocks,
     compile_blocks,
@@ -29,6 +29,7 @@ from services.diffusion.optimization import (
 )
 from services.diffusion.option_settings import Attention
 from services.diffusion.order import Limits
+from services.diffusion.parts import ModelFacts, Parts
 from services.diffusion.preview import PreviewMap, example_picture, fit_preview
 from services.diffusion.settings import DiffusionSettings
 from services.diffusion.shelf import Shelf, default_files

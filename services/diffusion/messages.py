@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Callable
 
 from pydantic import ValidationError
 
-from services.diffusion.model import ModelFacts
+from services.diffusion.parts import ModelFacts
 from shared.errors import InvalidField, MalformedBody
 from shared.problems import from_validation
 from shared.schemas.diffusion import NEGATIVE, PARAMETERS, TEXT, DiffusionParameters

@@ -5,15 +5,13 @@ schedule; every operation below stands in the order and dtype in which the pipel
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakSet
 
 import torch
 
-from services.diffusion.adapters import Adapters
 from services.diffusion.blending import blend
 from services.diffusion.cores import Cores
 from services.diffusion.denoising import Denoising
@@ -21,7 +19,7 @@ from services.diffusion.fitting import fit, text_limit
 from services.diffusion.footprint import Footprint
 from services.diffusion.guidance import guide, guided_steps
 from services.diffusion.memory import left_for_work
-from services.diffusion.preview import PreviewMap
+from services.diffusion.parts import ModelFacts, Parts
 from services.diffusion.schedule import first_noise, make_scheduler
 from services.diffusion.shapes import Lora, Shape, ShelfLora, padded
 from shared.errors import InvalidField
@@ -33,42 +31,6 @@ TRAIN_STEPS = 1000  # the model sees (1000 - t) / 1000
 PATCH = 2  # latent cells a side of one DiT token
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class ModelFacts:
-    """What a caller may want to know of the loaded checkpoint. `text_limit` is in tokens; pictures may be as wide and
-    high as the DiT has positions; `fingerprint` is equal where the same request gives the same picture, but for a
-    device's rounding."""
-
-    device: str
-    dtype: str
-    text_width: int
-    text_limit: int
-    max_width_px: int
-    max_height_px: int
-    name: str = ""
-    fingerprint: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Parts:
-    """What a checkpoint was loaded into: the transformer, which may or may not take masks, and its LoRAs; the VAE, and
-    how its latents look; where each computes, its weights may lie elsewhere; the noise scheduler's configuration.
-    `before_picture` is for a transformer that remembers steps: it is called with their number, and then there is one
-    picture at a time. `weight_bytes` lie on the transformer's device while it computes."""
-
-    transformer: Any
-    vae: Any
-    device: torch.device
-    vae_device: torch.device
-    weight_bytes: int
-    scheduler_config: Mapping[str, Any]
-    adapters: Adapters
-    takes_masks: bool = True
-    preview: PreviewMap | None = None
-    before_picture: Callable[[int], None] | None = None
-    cores: Cores = field(default_factory=lambda: Cores(1))
 
 
 class ZImageModel:

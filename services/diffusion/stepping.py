@@ -15,23 +15,16 @@ from typing import Any
 import structlog
 
 from services.diffusion.denoising import Denoising
+from services.diffusion.group_sizes import GroupSizes
 from services.diffusion.jobs import Drawn, PictureJob, Sketch, Waits
 from services.diffusion.model import ZImageModel
 from services.diffusion.order import Limits, admissible, in_line, next_decoded, next_group
-from services.diffusion.shapes import Shape
-from shared.errors import (
-    InternalError,
-    NumericalError,
-    OutOfMemory,
-    QueueFull,
-    ServiceError,
-)
+from shared.errors import InternalError, NumericalError, OutOfMemory, QueueFull, ServiceError
 from shared.schemas.diffusion import NEGATIVE, TEXT
 from shared.tensors import DEVICE_ERROR, describe
 
 RETRY_AFTER_S = 5
 BEGINNING_S = 0.05  # pictures are begun for so long before those in the making go on; one always is
-PROVEN_STEPS = 32  # of as many pictures as fit, after which one more is tried
 FULL = "The device has too little free memory for this picture."
 OVERFLOWED = "The model's numbers overflowed {where}; try another seed or float32 weights."
 
@@ -46,8 +39,7 @@ class StepScheduler:
         self.max_waiting = max_waiting
         self._memory_bytes = memory_bytes
         self._free_bytes: int | None = None
-        self._most: dict[Shape, int] = {}  # pictures that fitted into a step after more of them had not
-        self._proven: dict[Shape, int] = {}  # steps of so many that went well
+        self._sizes = GroupSizes()
         self._settled = False  # nothing has changed since no waiting picture could be begun
         self._waiting: list[PictureJob] = []
         self._running: list[PictureJob] = []
@@ -115,7 +107,7 @@ class StepScheduler:
         group = next_group(self._begun(), self.limits)
         if group:
             self._ticks += 1
-            self._step(model, group[: self._most.get(group[0].shape)])
+            self._step(model, group[: self._sizes.most(group[0].shape)])
         return bool(self._running or self._waiting)
 
     def _begun(self) -> list[PictureJob]:
@@ -155,8 +147,7 @@ class StepScheduler:
 
     def _measure(self, model: ZImageModel) -> None:
         """Looks how much memory there is for pictures, which other programs on the device change too."""
-        self._most.clear()
-        self._proven.clear()
+        self._sizes.forget()
         self._free_bytes = model.free_bytes() if self._memory_bytes is None else self._memory_bytes
         if self._free_bytes is not None:
             model.footprint.tile_within(self._free_bytes)
@@ -195,7 +186,7 @@ class StepScheduler:
         except Exception as error:  # noqa: BLE001 - one bad picture must not end the service
             told = self._look_at(model, group, error)
         else:
-            self._prove(group)
+            self._sizes.note_success(group[0].shape, len(group))
             for job in group:
                 self._note_step(model, job, overflowed)
             return
@@ -204,20 +195,9 @@ class StepScheduler:
             self._end(group[0], told)
             return
         if isinstance(told, OutOfMemory):
-            self._most[group[0].shape] = len(group) // 2
-            self._proven[group[0].shape] = 0
+            self._sizes.note_failure(group[0].shape, len(group))
         for half in (group[: len(group) // 2], group[len(group) // 2 :]):
             self._step(model, half)
-
-    def _prove(self, group: Sequence[PictureJob]) -> None:
-        """A step went well: after many of them a group that was made smaller is tried with one picture more."""
-        shape = group[0].shape
-        if len(group) != self._most.get(shape):
-            return
-        self._proven[shape] = self._proven.get(shape, 0) + 1
-        if self._proven[shape] >= PROVEN_STEPS:
-            self._most[shape] += 1
-            self._proven[shape] = 0
 
     def _note_step(self, model: ZImageModel, job: PictureJob, overflowed: Sequence[Denoising]) -> None:
         job.turn = self._ticks

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from services.gateway.node import Node, NodeState
 from services.gateway.nodes import Nodes
 from services.gateway.store import History
-from shared.schemas.public import NodeEntry, ServiceHealth
+from shared.schemas.health import NodeEntry, ServiceHealth
 
 
 class Watch:

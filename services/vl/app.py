@@ -9,7 +9,8 @@ import structlog
 from fastapi import FastAPI
 
 from services.vl.engine import Limits, VlEngine
-from services.vl.model import VisionModel, load_vision_model
+from services.vl.loading import load_vision_model
+from services.vl.model import VisionModel
 from services.vl.routes import router
 from services.vl.settings import VlSettings
 from shared.health import Metrics

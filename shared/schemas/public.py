@@ -1,4 +1,7 @@
-"""The public API's bodies. A field that is left out (or null) takes the server's default, which flags may change."""
+"""The public API's requests for pictures and encoded prompts, and the answers to them that are JSON.
+
+A field that is left out (or null) takes the server's default, which flags may change.
+"""
 
 from typing import Any
 
@@ -7,7 +10,6 @@ from pydantic import BaseModel, Field
 from shared.chat import Conversation
 from shared.schemas.diffusion import Done, Loras
 from shared.schemas.fields import (
-    BlendMode,
     CfgNormalization,
     CfgTruncation,
     GuidanceScale,
@@ -15,7 +17,6 @@ from shared.schemas.fields import (
     LongPromptMode,
     Name,
     NumImages,
-    OutlierMasking,
     PreviewEvery,
     Priority,
     Prompt,
@@ -187,109 +188,6 @@ class RewriterList(BaseModel):
     """`GET /api/rewriters`."""
 
     rewriters: list[RewriterEntry]
-
-
-class ServiceHealth(BaseModel):
-    """One service as the gateway sees it."""
-
-    status: str = Field(description="ready, starting, unreachable or not_configured", examples=["ready"])
-    url: str | None = Field(default=None, examples=["http://127.0.0.1:7861"])
-    reason: str | None = Field(default=None, description="Why it is not ready.")
-    nodes: int = Field(default=0, description="Nodes of the service.", examples=[3])
-    ready_nodes: int = Field(default=0, description="Those of them that can work now.", examples=[3])
-
-
-class HealthAnswer(BaseModel):
-    """`GET /health`."""
-
-    status: str = Field(
-        description="healthy when every service that is configured is ready and Redis there", examples=["healthy"]
-    )
-    pipeline_loaded: bool
-    encoder_loaded: bool
-    encoder_only_mode: bool
-    services: dict[str, ServiceHealth]
-
-
-class NodeEntry(BaseModel):
-    """One node of a service as the gateway sees it."""
-
-    service: str = Field(examples=["encoder"])
-    url: str = Field(description="Where it answers.", examples=["http://10.0.1.7:7861"])
-    state: str = Field(description="ready, starting, unreachable, other_model or draining", examples=["ready"])
-    in_flight: int = Field(description="Requests of this gateway that it has now.", examples=[2])
-    last_error: str | None = Field(description="What was the matter with it when something last was.")
-    version: str | None = Field(description="Version of its program; null before it has answered.", examples=["0.1.0"])
-    device: str | None = Field(examples=["cuda:0"])
-    model: str | None = Field(description="Name of its model.", examples=["z-image-turbo"])
-    fingerprint: str | None = Field(
-        description="Only nodes whose models are equal get requests.", examples=["9f86d081884c7d65"]
-    )
-
-
-class NodesAnswer(BaseModel):
-    """`GET /api/nodes`."""
-
-    nodes: list[NodeEntry]
-
-
-class HistoryEntry(BaseModel):
-    """One picture of the history: the request that makes it again, when it was made and how long that took."""
-
-    id: int
-    timestamp: float = Field(description="Seconds since 1970.", examples=[1733285000.0])
-    prompt: str = Field(description="The prompt that was drawn.")
-    original_prompt: str | None = Field(default=None, description="The prompt before it was rewritten.")
-    rewriter: str | None = Field(default=None, description="The rewriter template that was named.")
-    system_prompt: str | None
-    thinking_content: str | None
-    assistant_content: str | None
-    force_think_block: bool
-    strip_quotes: bool
-    width: int
-    height: int
-    steps: int
-    seed: int = Field(description="The seed that was used, also when it was drawn.")
-    template: str | None
-    guidance_scale: float
-    shift: float
-    long_prompt_mode: LongPromptMode
-    hidden_layer: int
-    negative_prompt: str | None = None
-    cfg_normalization: float = 0.0
-    cfg_truncation: float = 1.0
-    loras: Loras | None = None
-    vl_embeddings_id: str | None = Field(default=None, description="The reference picture's, with vision conditioning.")
-    vl_references: list[dict[str, Any]] | None = Field(default=None, description="Of several references.")
-    vl_alpha: float | None = None
-    vl_hidden_layer: int | None = None
-    vl_image_tokens_only: bool | None = None
-    vl_text: str | None = None
-    vl_blend_mode: BlendMode | None = None
-    vl_outlier_masking: OutlierMasking | None = None
-    vl_style_share: float | None = None
-    gen_time: float = Field(description="Seconds.", examples=[12.5])
-    image_b64: str | None = Field(default=None, description="The PNG, with images=full.")
-    thumb_b64: str | None = Field(default=None, description="A small JPEG, with images=thumb.")
-
-
-class HistoryAnswer(BaseModel):
-    """`GET /api/history`: oldest first."""
-
-    history: list[HistoryEntry]
-
-
-class DeletedAnswer(BaseModel):
-    """`DELETE /api/history/{index}`."""
-
-    deleted: HistoryEntry
-    remaining: int = Field(examples=[4])
-
-
-class ClearedAnswer(BaseModel):
-    """`DELETE /api/history`."""
-
-    cleared: int = Field(examples=[5])
 
 
 GENERATE_EXAMPLES: dict[str, Any] = {

@@ -39,7 +39,7 @@ def vision_rows(configuration: Configuration, tensors: ModuleType | None) -> Ite
 
 def _loaded_rows(folder: Path, configuration: Configuration, tensors: Any) -> Iterator[Row]:
     """What only the service's own code can tell, which reads everything but the weights."""
-    what, service = "vision processor", try_import("services.vl.model")
+    what, service = "vision processor", try_import("services.vl.loading")
     if isinstance(service, str):
         yield missing(what, f"not looked at: {service}", "see the rows of the libraries")
         return

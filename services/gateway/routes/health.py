@@ -4,7 +4,7 @@ from fastapi import APIRouter
 
 from services.gateway.routes.refusals import LIST
 from services.gateway.state import Services
-from shared.schemas.public import HealthAnswer, NodesAnswer, ServiceHealth
+from shared.schemas.health import HealthAnswer, NodesAnswer, ServiceHealth
 
 router = APIRouter(tags=["health"])
 

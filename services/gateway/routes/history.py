@@ -16,7 +16,7 @@ from services.gateway.state import Kept
 from services.gateway.store import MAX_INDEX, Row
 from shared.errors import InvalidField, QueueFull, UnknownName, Unreachable, Unready
 from shared.problems import responses
-from shared.schemas.public import ClearedAnswer, DeletedAnswer, HistoryAnswer
+from shared.schemas.history import ClearedAnswer, DeletedAnswer, HistoryAnswer
 
 MAX_LIMIT = 10_000
 router = APIRouter(prefix="/api/history", tags=["history"])

@@ -9,7 +9,7 @@ from services.gateway.routes.refusals import GENERATE, LIST, VL_CACHE, VL_EXTRAC
 from services.gateway.routes.uploads import FORM, read_extraction
 from services.gateway.state import Engine, Services
 from shared.requests import require_json, until_disconnected
-from shared.schemas.public import ClearedAnswer
+from shared.schemas.history import ClearedAnswer
 from shared.schemas.vl import (
     VL_EXTRACT_EXAMPLES,
     VL_GENERATE_EXAMPLES,

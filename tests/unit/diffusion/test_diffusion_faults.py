@@ -88,7 +88,7 @@ async def test_a_group_that_is_too_large_goes_on_in_halves(model: WatchedModel) 
 
 
 async def test_a_group_that_went_on_in_halves_grows_again(model: WatchedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.diffusion.stepping.PROVEN_STEPS", 3)
+    monkeypatch.setattr("services.diffusion.group_sizes.PROVEN_STEPS", 3)
     full = [FULL]
     async with running(model) as engine:
         engine.pictures.max_waiting = 10

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.diffusion.messages import MAX_TEXT_TOKENS, judge_header, read_message
-from services.diffusion.model import ModelFacts
+from services.diffusion.parts import ModelFacts
 from shared.errors import InvalidField, MalformedBody, ServiceError
 from shared.schemas.diffusion import DiffusionParameters
 from shared.wire import Header, TensorMeta, build_header, parse_header

@@ -13,7 +13,8 @@ from pictures import pixels
 from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from services.vl.model import Inputs, VisionModel, load_vision_model
+from services.vl.loading import load_vision_model
+from services.vl.model import Inputs, VisionModel
 from services.vl.scaling import scale
 from services.vl.settings import VlSettings
 from shared.checkpoint import UnusableModel
