@@ -64,6 +64,7 @@ def load_zimage(settings: DiffusionSettings) -> ZImageModel:
     """Loads `transformer`, `vae` and `scheduler` of the model directory. Raises UnusableModel."""
     root = require_parts(settings.model_folder, *settings.parts)
     scheduler_config = read_json(root / "scheduler" / "scheduler_config.json")
+    _check_loras(settings)
     require_room(root, settings, pick_device(settings.dit_device))
     transformer = _load(ZImageTransformer2DModel, root / "transformer", settings)
     vae = _load(AutoencoderKL, root / "vae", settings)
@@ -113,6 +114,14 @@ def assemble(
     return model
 
 
+def _check_loras(settings: DiffusionSettings) -> None:
+    """Raises UnusableModel for LoRAs that are not there or not whole, before gigabytes of weights are read."""
+    if settings.lora_dir is not None and not settings.lora_dir.is_dir():
+        raise UnusableModel(f"the folder of LoRAs {settings.lora_dir} does not exist: name another with --lora-dir")
+    for lora in settings.loras:
+        check_file(lora.path)
+
+
 def _fingerprint(root: Path, settings: DiffusionSettings, dtype: str) -> str:
     """Of the checkpoint, and of what else changes pictures by more than rounding."""
     loras = [(fingerprint_of_files([lora.path]), lora.scale) for lora in settings.loras]
@@ -155,10 +164,6 @@ def _prepare(transformer: Any, settings: DiffusionSettings, device: torch.device
 
 def _adapters(transformer: Any, settings: DiffusionSettings) -> Adapters:
     """The LoRAs that requests may choose, those of the flags loaded already where there is a folder of them."""
-    if settings.lora_dir is not None and not settings.lora_dir.is_dir():
-        raise UnusableModel(f"the folder of LoRAs {settings.lora_dir} does not exist: name another with --lora-dir")
-    for lora in settings.loras:
-        check_file(lora.path)
     adapters = Adapters(transformer, Shelf(settings), settings.lora_max_bytes)
     try:
         adapters.load(adapters.choose(None))

@@ -204,3 +204,12 @@ def test_each_file_is_logged_with_its_scale(
         (entry["path"], entry["scale"], entry["layers"]) for entry in log_entries if entry["event"] == "lora fused"
     ]
     assert fused == [(str(path), 0.25, 1), (str(path), 1.0, 1)]
+
+
+@pytest.mark.parametrize("make", [missing, truncated], ids=lambda make: make.__name__)
+def test_no_weight_is_read_where_a_file_is_broken(
+    make: Callable[[Path], Path], tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.diffusion.loading._load", lambda *_: pytest.fail("weights are read"))
+    with pytest.raises(UnusableModel, match="the LoRA"):
+        load(tiny_checkpoint, lora=[f"{make(tmp_path)}:0.5"])
